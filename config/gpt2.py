@@ -1,0 +1,18 @@
+# GPT-2 (124M) on half a million tokens a step, as in the defaults; here are the ones to change for other machines.
+# torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
+#
+# The text first: a folder of text files like OpenWebText (9 billion tokens).
+# python prepare_data.py openwebtext --input FOLDER --tokenizer=gpt2
+out_dir = "out/gpt2"
+dataset = "openwebtext"
+
+n_layer, n_head, n_embd, block_size = 12, 12, 768, 1024
+
+# 12 sequences x 40 micro-batches x 1,024 tokens = 491,520 tokens a step. On fewer GPUs each does more micro-batches;
+# with less memory, make batch_size smaller and gradient_accumulation_steps larger by the same factor.
+batch_size = 12
+gradient_accumulation_steps = 40
+
+learning_rate, min_lr = 6e-4, 6e-5
+max_iters = 600_000  # 300 billion tokens
+warmup_iters = 2000

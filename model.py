@@ -1,0 +1,199 @@
+"""GPT-2 in one file: settings, key/value cache, attention, MLP, block, model. Read it from top to bottom.
+
+B is the batch size, T the number of tokens read, C the width (n_embd), H the number of heads, D = C / H the
+width of a head. The modules are named as in OpenAI's released weights (wte, wpe, h, ln_1, c_attn, ...).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. The defaults are GPT-2's smallest: 124M parameters."""
+
+    block_size: int = 1024  # the most tokens it can see at once
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm layers; GPT-2 has them
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+
+class KVCache:
+    """The keys and values of every token read so far, so that no token is read twice.
+
+    `keys` and `values` are (n_layer, B, H, block_size, D), allocated once and written in place; their first
+    `length` positions are filled. Set `length = 0` to start over.
+    """
+
+    def __init__(self, config, batch_size, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.config = config
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store a layer's k and v, each (B, H, T, D), and return all of its keys and values, (B, H, length + T, D)."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def expand(self, batch_size):
+        """A cache for batch_size rows that have all read what this one row has."""
+        cache = KVCache(self.config, batch_size, self.keys.device, self.keys.dtype)
+        for mine, new in ((self.keys, cache.keys), (self.values, cache.values)):
+            new[:, :, :, : self.length] = mine[:, :, :, : self.length]
+        cache.length = self.length
+        return cache
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and the past (Vaswani et al. 2017, section 3.2).
+
+    Each head computes
+
+        softmax(Q K^T / sqrt(D) + M) V,    M[i, j] = 0 if key j is not later than query i, else -inf.
+
+    The entries of Q K^T are sums of D products, so their variance grows with D; without the square root the
+    softmax would saturate and its gradient vanish.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K and V in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, S, D): the past and these T tokens
+        S = k.size(2)
+        mask = None  # without a past the mask is the plain triangle, and a single token may see everything
+        if 1 < T < S:
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=S == T)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two layers with GELU between, applied to each token by itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (Hendrycks & Gimpel 2016), the form GPT-2 was trained with
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream x.
+
+    Pre-norm: LayerNorm stands before each part and not after the sum (as in Vaswani et al.), so that the
+    gradient reaches every layer through x undisturbed (Xiong et al. 2020).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), cache, layer)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class MiniGPT(nn.Module):
+    """A GPT-2 language model (Radford et al. 2019).
+
+    The output head has no weights of its own: it is the token embedding, transposed (weight tying, Press & Wolf
+    2017). The embedding has rows for a multiple of 64 tokens, a size that matrix kernels like; the logits of the
+    added rows are cut off at once, so they are never predicted, sampled or trained.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
+        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # token embedding, and the output head
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+        # N(0, 0.02) everywhere, but the 2 n_layer projections that add to the residual stream are scaled down,
+        # so that its variance does not grow with depth (Radford et al. 2019, section 2.3).
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Predict the next token at every position.
+
+        idx: (B, T) token ids. targets: (B, T), the id that follows each, or -100 where it does not count.
+        cache: a KVCache whose tokens come before idx; it takes idx in.
+        Returns logits (B, T, vocab_size), and the mean cross-entropy in nats over targets (None without them).
+        Raises ValueError for more than block_size tokens, and on the CPU for ids outside the vocabulary.
+        """
+        config = self.config
+        past = cache.length if cache is not None else 0
+        end = past + idx.size(1)
+        if end > config.block_size:
+            raise ValueError(f"a sequence of {end} tokens is longer than block_size ({config.block_size})")
+        # Only where looking is free: on a GPU it would wait for the device, under torch.compile break the graph.
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids("token", idx)
+            if targets is not None:
+                self._check_ids("target", targets[targets != -100])
+
+        x = self.wte(idx) + self.wpe.weight[past:end]  # (B, T, C)
+        x = self.drop(x)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.length = end
+        x = self.ln_f(x)
+        logits = F.linear(x, self.wte.weight)[..., : config.vocab_size]  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def _check_ids(self, kind, ids):
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            bad = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"{kind} id {bad} is outside the vocabulary (0 to {self.config.vocab_size - 1})")

@@ -1,0 +1,188 @@
+"""Let a trained GPT write.
+
+python sample.py --out_dir=out/shakespeare --prompt="ROMEO:"
+python sample.py --out_dir=out/shakespeare --prompt_file=- --num_samples=3 --top_k=50 < prompt.txt
+
+The text goes to stdout as it is made, with several samples the first one; all else goes to stderr.
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import UserError, one_line_errors, read_settings, setting
+
+
+@dataclass
+class Settings:
+    out_dir: str = setting("out", "the out_dir of a training run")
+    checkpoint: str = setting("", "a file in out_dir; by default best.pt, or last.pt where there is none")
+    prompt: str = setting("\n", "text to go on from")
+    prompt_file: str = setting("", "file to read the prompt from, - for standard input")
+    num_samples: int = setting(1, "texts to write, all in one batch", low=1)
+    max_new_tokens: int = setting(500, "tokens to write", low=1)
+    temperature: float = setting(0.8, "below 1 more predictable, above 1 more varied, 0 always the likeliest", low=0.0)
+    top_k: int | None = setting(None, "choose among the k likeliest tokens only", low=1)
+    top_p: float = setting(1.0, "choose among the likeliest tokens that together have this probability", 1e-6, 1.0)
+    repetition_penalty: float = setting(1.0, "above 1, tokens that were there already get less likely", low=1.0)
+    stop_at_eos: bool = setting(True, "end a text at the tokenizer's end-of-text token")
+    seed: int = setting(1337, "the same seed writes the same text", low=0)
+    device: str = setting("auto", "cpu, cuda, mps, ...; auto is the best there is")
+    dtype: str = setting(
+        "auto", "of the weights: auto is bfloat16 on GPUs that have it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":  # before torch is loaded, which takes seconds: --help and mistakes are answered at once
+    with one_line_errors():
+        settings = read_settings(Settings, sys.argv[1:], __doc__)
+
+import torch
+
+from model import GPTConfig, KVCache, MiniGPT
+from prepare_data import load_tokenizer
+from train import best_dtype, load_checkpoint, pick_device
+
+
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """The probabilities to draw the next token from: (B, vocab_size) logits -> (B, vocab_size), float32.
+
+    First the logits are divided by temperature (0 gives all probability to the likeliest token); then all but the
+    top_k likeliest tokens are excluded (Fan et al. 2018), ties with the last of them kept; then all but the
+    likeliest ones that together reach probability top_p (nucleus sampling, Holtzman et al. 2020).
+    Raises ValueError for temperature < 0, top_k < 1 and top_p outside (0, 1].
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # less the largest, which changes no probability, so that a tiny temperature can't overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ascending, order = logits.sort(-1)
+        excluded = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        excluded[..., -1] = False  # the likeliest always stays
+        logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
+    return logits.softmax(-1)
+
+
+@torch.inference_mode()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+           eos_token=None, generator=None):  # fmt: skip
+    """Yield the tokens that follow idx (B, T), one (B,) tensor at a time, as `generate` describes."""
+    B, T = idx.shape
+    if T == 0:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    text = torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
+    seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=idx.device).scatter(1, idx, True)
+    done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+
+    cache = KVCache(model.config, 1 if B > 1 and (idx == idx[0]).all() else B, idx.device, model.wte.weight.dtype)
+    unread = idx[: cache.keys.size(1), -block_size:]  # a prompt that all rows share is read once
+    for end in range(T, T + max_new_tokens):
+        if cache.length + unread.size(1) > block_size:  # full: go on from the last half of the context
+            cache.length = 0
+            unread = text[:, max(0, end - max(1, block_size // 2)) : end]
+        logits = model(unread, cache=cache)[0][:, -1]  # (B, vocab_size)
+        if cache.keys.size(1) < B:
+            logits, cache = logits.expand(B, -1), cache.expand(B)
+        if repetition_penalty != 1.0:  # (Keskar et al. 2019, section 4.1)
+            penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+            logits = torch.where(seen, penalized, logits)
+        probs = next_token_probs(logits, temperature, top_k, top_p)
+        token = probs.argmax(-1) if temperature == 0 else torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        if eos_token is not None:
+            token = token.masked_fill(done, eos_token)
+            done |= token == eos_token
+        text[:, end] = token
+        seen.scatter_(1, token[:, None], True)
+        unread = text[:, end : end + 1]
+        yield token
+        if eos_token is not None and done.all():
+            return
+
+
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+             eos_token=None, generator=None):  # fmt: skip
+    """Go on from idx: (B, T) token ids -> (B, T + new), new at most max_new_tokens.
+
+    temperature, top_k and top_p as in `next_token_probs`. repetition_penalty divides the positive logits of tokens
+    that are in the text already, and multiplies their negative ones. With eos_token a row that has drawn it is
+    filled up with it, and all ends when every row has. Draws from generator, a torch.Generator on idx's device.
+    Any length can be asked for: whenever block_size tokens are in the cache, their last half is read again, so the
+    cost of a token stays bounded.
+    """
+    options = (temperature, top_k, top_p, repetition_penalty, eos_token, generator)
+    tokens = list(stream(model, idx, max_new_tokens, *options))
+    return torch.cat([idx, torch.stack(tokens, dim=1)], dim=1) if tokens else idx
+
+
+def load_model(path, device="cpu"):
+    """Return (model in eval mode, tokenizer, checkpoint) of the checkpoint at path."""
+    state = load_checkpoint(path)
+    model = MiniGPT(GPTConfig(**state["model_args"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), load_tokenizer(state["tokenizer"]), state
+
+
+@one_line_errors()
+def main(s):
+    out_dir = Path(s.out_dir)
+    path = out_dir / (s.checkpoint or ("best.pt" if (out_dir / "best.pt").exists() else "last.pt"))
+    device = pick_device(s.device)
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = best_dtype(device) if device.type == "cuda" else "float32"
+    model, tokenizer, state = load_model(path, device)
+    model = model.to(getattr(torch, dtype))
+
+    prompt = s.prompt
+    if s.prompt_file:
+        with open(0 if s.prompt_file == "-" else s.prompt_file, "rb") as file:
+            prompt = file.read()
+        try:
+            prompt = prompt.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{s.prompt_file} is not UTF-8 text: invalid byte at offset {error.start}") from error
+    if not prompt:
+        raise UserError("the prompt is empty: it needs at least one character")
+    idx = torch.tensor([tokenizer.encode(prompt)], device=device).expand(s.num_samples, -1)
+    source = state["tokenizer"]["source"]
+    print(f"{path}: step {state['step']}, trained on {source}; {device.type}, {dtype}", file=sys.stderr)
+
+    eos_token = tokenizer.eos_token if s.stop_at_eos else None
+    generator = torch.Generator(device).manual_seed(s.seed)
+    options = (s.temperature, s.top_k, s.top_p, s.repetition_penalty, eos_token, generator)
+    texts = [[] for _ in range(s.num_samples)]
+    sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    # a character may be several tokens: the decoder holds their bytes back until it is whole
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    start = time.perf_counter()
+    print(prompt, end="", flush=True)
+    for tokens in stream(model, idx, s.max_new_tokens, *options):
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            if token != eos_token:
+                text.append(token)
+        if tokens[0] != eos_token:
+            print(decoder.decode(tokenizer.decode_bytes(texts[0][-1:])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    seconds = time.perf_counter() - start
+    for text in texts[1:]:
+        print(f"---------------\n{prompt}{tokenizer.decode(text)}")
+    n_tokens = sum(map(len, texts))
+    print(f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(settings)

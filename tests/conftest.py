@@ -1,0 +1,81 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # real data for offline work; tests that need it skip where it is not
+if (SHARED / "tiktoken").exists():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+
+torch.set_num_threads(1)  # the models of the tests are too small for more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the commands that they run
+
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
+TINY = {  # settings of a model and a run that take a second
+    "dataset": "tiny", "out_dir": "out", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4,
+    "gradient_accumulation_steps": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 0, "log_interval": 1,
+    "warmup_iters": 2, "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_shakespeare():
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    return path
+
+
+@pytest.fixture
+def gpt2_vocabulary():
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:
+        pytest.skip(f"needs the GPT-2 vocabulary: {type(error).__name__}")
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty folder as the current one, with a tiny character-level dataset data/tiny."""
+    import prepare_data
+
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+    prepare_data.prepare("tiny", "tiny.txt")
+    return tmp_path
+
+
+@pytest.fixture
+def train(workdir):
+    """train(key=value, ...) runs train.py's main in this process, on the tiny dataset."""
+    import train
+
+    return lambda **changes: train.main(train.Settings(**(TINY | changes)))
+
+
+@pytest.fixture
+def run(workdir):
+    """run("train.py", "--key=value", ...) runs a script as a command in the working folder."""
+
+    def run(*command, ranks=1, env=None, **options):
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        script, *arguments = command
+        return subprocess.run(
+            [*launcher, str(ROOT / script), *map(str, arguments)], env=os.environ | (env or {}), timeout=240,
+            capture_output=True, text=True, encoding="utf-8", **options,
+        )  # fmt: skip
+
+    return run
+
+
+def flags(**changes):
+    """TINY, with changes, as command-line arguments."""
+    return [f"--{key}={value}" for key, value in (TINY | changes).items()]

@@ -1,0 +1,290 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, flags
+
+from model import GPTConfig, MiniGPT
+from train import (
+    Settings,
+    evaluate,
+    learning_rate,
+    load_checkpoint,
+    load_windows,
+    make_optimizers,
+    prefetch,
+    save_checkpoint,
+    training_batch,
+)
+
+
+def metrics(out_dir="out"):
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir="out"):
+    return [record["loss"] for record in metrics(out_dir) if "loss" in record]
+
+
+def same(a, b):
+    """Whether two nested structures of tensors are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    s = Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=9, lr_decay_iters=109, max_iters=200)
+    assert [learning_rate(step, s) for step in (0, 4, 8)] == pytest.approx([0.1, 0.5, 0.9])
+    assert learning_rate(9, s) == pytest.approx(1.0)
+    assert learning_rate(59, s) == pytest.approx(0.55)  # half-way
+    assert learning_rate(34, s) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate(109, s) == learning_rate(199, s) == 0.1
+    assert learning_rate(50, Settings(decay_lr=False, learning_rate=1.0)) == 1.0
+    assert learning_rate(99, Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=0, max_iters=100)) < 0.101
+
+
+def test_weight_decay_is_for_matrices_and_embeddings_only():
+    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32))
+    decay, no_decay = make_optimizers(model, Settings(weight_decay=0.3))[0].param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for p in no_decay["params"]} == {n for n in names.values() if n.endswith("bias") or "ln_" in n}
+    assert len(decay["params"]) + len(no_decay["params"]) == len(names)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.3, 0.0)
+
+
+def test_the_update_is_adamws():
+    """One step against the formula: Loshchilov & Hutter 2019, algorithm 2."""
+    torch.manual_seed(0)
+    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32))
+    s = Settings(learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.99)
+    (optimizer,) = make_optimizers(model, s)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.arange(16)[None], torch.arange(16)[None])[1].backward()
+    optimizer.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        decay = 0.1 if p.dim() == 2 else 0.0
+        torch.testing.assert_close(p, old - 0.01 * (p.grad / (p.grad.abs() + 1e-8) + decay * old))
+
+
+def test_the_target_of_a_token_is_the_next_token():
+    x, y = load_windows(np.arange(100, dtype=np.uint16), np.array([3, 50]), 5)
+    assert x.tolist() == [[3, 4, 5, 6, 7], [50, 51, 52, 53, 54]]
+    assert y.tolist() == [[4, 5, 6, 7, 8], [51, 52, 53, 54, 55]]
+
+
+def test_a_batch_depends_on_seed_step_and_place_only():
+    tokens, s = np.arange(60_000, dtype=np.uint16), Settings(block_size=8)
+    whole = training_batch(tokens, s, 5, 0, 12)[0]
+    parts = torch.cat([training_batch(tokens, s, 5, first, 3)[0] for first in (0, 3, 6, 9)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, training_batch(tokens, s, 6, 0, 12)[0])
+    assert not torch.equal(whole, training_batch(tokens, Settings(block_size=8, seed=1), 5, 0, 12)[0])
+
+
+def test_batches_reach_every_token():
+    tokens, s = np.arange(12, dtype=np.uint16), Settings(block_size=8)
+    x, y = training_batch(tokens, s, 0, 0, 200)
+    assert set(x[:, 0].tolist()) == {0, 1, 2, 3} and y.max() == 11
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert list(prefetch(lambda a, b: (a, b), [(1, 2), (3, 4), (5, 6)])) == [(1, 2), (3, 4), (5, 6)]
+    with pytest.raises(ZeroDivisionError):
+        list(prefetch(lambda a: 1 / a, [(1,), (0,)]))
+
+
+def test_validation_loss_is_the_mean_over_non_overlapping_windows():
+    torch.manual_seed(0)
+    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32, dropout=0.5))
+    tokens = np.random.default_rng(0).integers(65, size=16 * 7 + 1).astype(np.uint16)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    model.eval()
+    expected = model(ids[:-1].view(7, 16), ids[1:].view(7, 16))[1].item()
+    model.train()
+    s = Settings(block_size=16, batch_size=3, eval_iters=0)
+    assert evaluate(model, tokens, s) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+    s = Settings(block_size=16, batch_size=3, eval_iters=1)  # three windows, evenly spaced
+    model.eval()
+    expected = model(ids[:-1].view(7, 16)[[0, 2, 4]], ids[1:].view(7, 16)[[0, 2, 4]])[1].item()
+    assert evaluate(model, tokens, s) == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_learns_and_writes_what_it_promises(train, capsys):
+    train(max_iters=60, eval_interval=30)
+    assert losses()[0] == pytest.approx(math.log(23), abs=0.2)  # knows nothing yet
+    assert losses()[-1] < 1.5
+    training, validation = metrics()[5], metrics()[-1]
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_sec"} <= training.keys()
+    assert {"step", "val_loss"} <= validation.keys()
+    assert validation["perplexity"] == pytest.approx(math.exp(validation["val_loss"]))
+    assert validation["bits_per_byte"] == pytest.approx(validation["val_loss"] / math.log(2), rel=0.01)
+    for name in ("last.pt", "best.pt"):
+        state = torch.load(f"out/{name}", weights_only=True)
+        assert {"model", "optimizer", "step", "config", "model_args", "tokenizer"} <= state.keys()
+        assert state["config"]["n_embd"] == state["model_args"]["n_embd"] == 32
+        assert state["tokenizer"]["chars"][0] == "\n"
+    printed = capsys.readouterr().out
+    for part in ("parameters", "data: tiny", "tiny.txt", "128 tokens", "cpu, float32", "step 60/60 | loss",
+                 "grad norm", "ms/step", "tok/s", "MFU n/a", "left", "validation loss", "perplexity",
+                 "bits per byte", "sample.py --out_dir=out"):  # fmt: skip
+        assert part in printed, part
+
+
+def test_accumulation_equals_a_large_batch(train):
+    train(out_dir="small", batch_size=2, gradient_accumulation_steps=4)
+    train(out_dir="large", batch_size=8, gradient_accumulation_steps=1)
+    assert losses("small") == pytest.approx(losses("large"), rel=1e-5)
+    small, large = (torch.load(f"{out}/last.pt")["model"] for out in ("small", "large"))
+    for name in small:
+        torch.testing.assert_close(small[name], large[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.2},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"dropout": 0.2, "activation_checkpointing": True},
+        {"patience": 5},
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train, options):
+    train(out_dir="whole", lr_decay_iters=12, max_iters=12, **options)
+    for stop in (3, 6, 12):
+        train(out_dir="parts", lr_decay_iters=12, max_iters=stop, **options)
+    for name in ("last.pt", "best.pt"):
+        whole, parts = (torch.load(f"{out}/{name}") for out in ("whole", "parts"))
+        assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
+        assert whole["step"] == parts["step"] and whole["scaler"] == parts["scaler"]
+    for whole, parts in zip(metrics("whole"), metrics("parts"), strict=True):
+        assert all(whole[k] == parts[k] for k in whole if k in ("step", "loss", "lr", "grad_norm", "val_loss"))
+
+
+def test_activation_checkpointing_changes_no_number(train):
+    train(out_dir="plain", dropout=0.2)
+    train(out_dir="recomputed", dropout=0.2, activation_checkpointing=True)
+    assert losses("plain") == losses("recomputed")
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(train):
+    train(max_iters=3)
+    before = Path("out/metrics.jsonl").read_text()
+    with open("out/metrics.jsonl", "a") as file:  # as if killed at step 5, while writing
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    train(max_iters=6)
+    assert Path("out/metrics.jsonl").read_text().startswith(before)
+    assert [record["step"] for record in metrics()] == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_a_finished_run_trains_nothing(train, capsys):
+    train()
+    before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    capsys.readouterr()
+    train()
+    assert "finished: step 6" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == before
+
+
+def test_early_stopping_waits_for_patience(train, capsys):
+    train(learning_rate=0.0, min_lr=0.0, max_iters=30, patience=2)
+    assert "stopping early" in capsys.readouterr().out
+    assert torch.load("out/last.pt")["step"] == 9  # best at 3, worse at 6 and 9
+    assert torch.load("out/best.pt")["step"] == 3
+    train(learning_rate=0.0, min_lr=0.0, max_iters=30, patience=2)
+    assert "finished: step 9" in capsys.readouterr().out
+
+
+def test_eval_only_writes_nothing(train, capsys):
+    train(eval_only=True)
+    assert "validation loss 3.1" in capsys.readouterr().out
+    assert not Path("out").exists()
+
+
+def fails(capsys, train, **changes):
+    with pytest.raises(SystemExit) as exit:
+        train(**changes)
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_an_existing_run_is_never_overwritten(train, capsys):
+    train()
+    before = Path("out/last.pt").read_bytes()
+    assert "is a run already" in fails(capsys, train, init_from="scratch")
+    assert "{'n_layer': 2}, not {'n_layer': 3}" in fails(capsys, train, n_layer=3)
+    import prepare_data
+
+    Path("other.txt").write_text("something else " * 50)
+    prepare_data.prepare("other", "other.txt")
+    assert "was trained on tiny.txt, and data/other is made from other.txt" in fails(capsys, train, dataset="other")
+    assert Path("out/last.pt").read_bytes() == before
+
+
+def test_mistakes_are_one_clear_line(train, capsys):
+    assert "no checkpoint out/last.pt" in fails(capsys, train, init_from="resume")
+    assert "python prepare_data.py openwebtext" in fails(capsys, train, dataset="openwebtext")
+    assert "divisible by n_head" in fails(capsys, train, n_head=3)
+    assert "can't be used here" in fails(capsys, train, device="cuda:99")
+    assert "can't be used here" in fails(capsys, train, device="gpu")
+    assert "no more than block_size" in fails(capsys, train, block_size=2000)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_damaged_checkpoint_is_refused(train, capsys, content):
+    train()
+    whole = Path("out/last.pt").read_bytes()
+    Path("out/last.pt").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert "not a whole checkpoint" in fails(capsys, train)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    good = {"model": {}, "model_args": {}, "tokenizer": {}, "step": 1}
+    save_checkpoint(path, good)
+    with pytest.raises(Exception):  # noqa: B017 (what pickle raises for this is its own affair)
+        save_checkpoint(path, good | {"step": (i for i in ())})
+    assert load_checkpoint(path) == good
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nanogpts_token_files_can_be_trained_on(train, capsys):
+    folder = Path("data/nanogpt")
+    folder.mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.random.default_rng(0).integers(50257, size=500).astype(np.uint16).tofile(folder / name)
+    train(dataset="nanogpt", out_dir="gpt2")
+    assert "50,257" in capsys.readouterr().out
+    assert torch.load("gpt2/last.pt")["model_args"]["vocab_size"] == 50257
+    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    assert "prepare the text again" in fails(capsys, train, dataset="nanogpt", out_dir="chars")
+    assert not Path("ran").exists()
+
+
+def test_two_ranks_equal_one(run):
+    """The same global batches, so the same losses; gradients are averaged over ranks."""
+    for ranks, out_dir in ((1, "one"), (2, "two")):
+        done = run("train.py", *flags(out_dir=out_dir, max_iters=8), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 1/8") == 1  # only one rank speaks
+    assert losses("one") == pytest.approx(losses("two"), rel=1e-5)
+    validation = [[r["val_loss"] for r in metrics(out) if "val_loss" in r] for out in ("one", "two")]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-5)
+    done = run("train.py", *flags(out_dir="two", max_iters=10), ranks=2)  # and they go on together
+    assert "going on from" in done.stdout and done.returncode == 0, done.stderr
+    done = run("train.py", *flags(out_dir="three", gradient_accumulation_steps=3), ranks=2)
+    assert "must be a multiple of the number of ranks" in done.stderr and done.returncode != 0
+
+
+def test_settings_of_the_tests_are_settings():
+    Settings(**TINY)

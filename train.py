@@ -1,0 +1,488 @@
+"""Train a GPT.
+
+python train.py config/shakespeare.py                      begin here: minutes, on anything
+python train.py config/shakespeare.py --max_iters=200      any setting can be given, the last one wins
+torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs
+
+Run the same command again to go on where it stopped. Everything it makes is in out_dir: last.pt (to go on from),
+best.pt (the lowest validation loss) and metrics.jsonl.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from config import UserError, one_line_errors, read_settings, setting
+
+
+@dataclass
+class Settings:
+    # the defaults train GPT-2 (124M) on half a million tokens a step
+    out_dir: str = setting("out", "folder for checkpoints and metrics")
+    init_from: str = setting(
+        "auto", "auto: go on from out_dir/last.pt if there is one; resume: insist on it; scratch: insist on a new run",
+        choices=("auto", "resume", "scratch"),
+    )  # fmt: skip
+    seed: int = setting(1337, "of the initial weights, the batches and dropout", low=0)
+    # data
+    dataset: str = setting("openwebtext", "folder in data/ that prepare_data.py made")
+    batch_size: int = setting(12, "sequences a micro-batch", low=1)
+    gradient_accumulation_steps: int = setting(40, "micro-batches a step, of all ranks together", low=1)
+    block_size: int = setting(1024, "tokens a sequence, the most the model can see", low=1)
+    # model
+    n_layer: int = setting(12, "transformer blocks", low=1)
+    n_head: int = setting(12, "attention heads a block", low=1)
+    n_embd: int = setting(768, "width, a multiple of n_head", low=1)
+    dropout: float = setting(0.0, "share of activations set to zero; 0 for pretraining, 0.1 and more for little data",
+                             low=0.0, high=0.99)  # fmt: skip
+    bias: bool = setting(False, "biases in Linear and LayerNorm layers, as GPT-2 has them")
+    # optimiser
+    optimizer: str = setting("adamw", "adamw, or muon for the matrices of the blocks and adamw for the rest",
+                             choices=("adamw", "muon"))  # fmt: skip
+    learning_rate: float = setting(6e-4, "its highest value", low=0.0)
+    max_iters: int = setting(600_000, "steps to train for", low=0)
+    weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and norms", low=0.0)
+    beta1: float = setting(0.9, "decay of the gradient's running mean", low=0.0, high=0.9999)
+    beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0.0, high=0.99999)
+    grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit", low=0.0)
+    decay_lr: bool = setting(True, "warm up, then decay the learning rate; otherwise it is constant")
+    warmup_iters: int = setting(2000, "steps of linear warm-up", low=0)
+    lr_decay_iters: int = setting(0, "step at which the learning rate reaches min_lr, 0 for max_iters", low=0)
+    min_lr: float = setting(6e-5, "the learning rate's last value", low=0.0)
+    # evaluation, logs, checkpoints
+    eval_interval: int = setting(2000, "steps between evaluations, each of which also saves", low=1)
+    eval_iters: int = setting(200, "micro-batches an evaluation reads, 0 for the whole validation split", low=0)
+    eval_only: bool = setting(False, "evaluate once and end")
+    patience: int = setting(0, "stop after so many evaluations without a better one, 0 for never", low=0)
+    log_interval: int = setting(10, "steps between log lines", low=1)
+    # system
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best there is")
+    dtype: str = setting(
+        "auto", "of matrix products: auto is bfloat16 where the hardware has it fast, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
+    compile: bool = setting(True, "torch.compile the model: slow to start, faster to run")
+    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    backend: str = setting("auto", "of torch.distributed: auto is nccl on GPUs and gloo on CPUs")
+
+
+if __name__ == "__main__":  # before torch is loaded, which takes seconds: --help and mistakes are answered at once
+    with one_line_errors():
+        settings = read_settings(Settings, sys.argv[1:], __doc__)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from model import GPTConfig, MiniGPT
+from prepare_data import BUILT_IN, DATA, open_dataset, prepare
+
+# dense bfloat16 FLOP/s by the makers' data sheets, by a part of the device's name; the first that fits counts
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def pick_device(name):
+    """The torch.device called name; for "auto" a GPU if there is one: cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or not there
+        raise UserError(f"--device={name} can't be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def best_dtype(device):
+    """bfloat16 where the device has matrix instructions for it, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(k) for k in ("amx_bf16", "avx512_bf16"))
+    return "bfloat16" if fast else "float32"
+
+
+def learning_rate(step, s):
+    """The learning rate of the update after `step` updates: linear warm-up, then half a cosine (Loshchilov & Hutter
+    2017, equation 5) from learning_rate down to min_lr."""
+    decay_iters = s.lr_decay_iters or s.max_iters
+    if not s.decay_lr:
+        return s.learning_rate
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if step >= decay_iters:
+        return s.min_lr
+    progress = (step - s.warmup_iters) / (decay_iters - s.warmup_iters)
+    return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizers(model, s):
+    """AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not.
+
+    With optimizer=muon the matrices of the blocks go to a second one, Muon (Jordan et al. 2024), whose update is the
+    momentum made orthogonal. It is scaled to the size of AdamW's (Liu et al. 2025), so that both share one schedule.
+    """
+    params = dict(model.named_parameters())
+    muon = {name for name, p in params.items() if s.optimizer == "muon" and name.startswith("h.") and p.dim() == 2}
+    matrices = [p for name, p in params.items() if name not in muon and p.dim() == 2]
+    groups = [
+        {"params": matrices, "weight_decay": s.weight_decay},
+        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)]
+    if muon:
+        matrices = [params[name] for name in sorted(muon)]
+        optimizers += [torch.optim.Muon(matrices, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    return optimizers
+
+
+def load_windows(tokens, starts, block_size):
+    """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it."""
+    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def training_batch(tokens, s, step, first, n):
+    """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
+    place in the batch: not on the number of ranks, nor on where the run was interrupted."""
+    starts = np.random.default_rng((s.seed, step)).integers(len(tokens) - s.block_size, size=first + n)[first:]
+    return load_windows(tokens, starts, s.block_size)
+
+
+def prefetch(load, keys):
+    """Yield load(*key) for each key, loading the next in a thread while the last is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for key in keys:
+            current, coming = coming, pool.submit(load, *key)
+            if current:
+                yield current.result()
+        if coming:
+            yield coming.result()
+
+
+@torch.inference_mode()
+def evaluate(model, tokens, s, rank=0, world_size=1):
+    """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
+
+    All of the split for eval_iters = 0, otherwise eval_iters micro-batches; every rank reads its share.
+    """
+    device = next(model.parameters()).device
+    n_windows = (len(tokens) - 1) // s.block_size
+    n = min(n_windows, s.eval_iters * s.batch_size) or n_windows
+    starts = np.arange(n) * n_windows // n * s.block_size
+    batches = np.array_split(starts, math.ceil(n / s.batch_size))[rank::world_size]
+    total = torch.zeros((), device=device)
+    model.eval()
+    for batch in batches:
+        x, y = load_windows(tokens, batch, s.block_size)
+        total += model(x.to(device), y.to(device))[1] * len(batch)
+    model.train()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / n
+
+
+def save_checkpoint(path, state):
+    """Write state to path so that at every moment path is a whole checkpoint, the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """The checkpoint at path, on the CPU. Runs no code that may be in it. Raises UserError if it can't be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["model"], state["model_args"], state["tokenizer"]
+        return state
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint {path}: train first, or give another --out_dir") from error
+    except Exception as error:  # zipfile's, pickle's and torch's own many
+        raise UserError(f"{path} is not a whole checkpoint of this program ({type(error).__name__})") from error
+
+
+def cut_metrics(path, step):
+    """Drop the lines of path that came after step, and a torn last one: the run will write them again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def find_dataset(name):
+    """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
+    if (DATA / name).exists():
+        return name
+    if name not in BUILT_IN:
+        raise UserError(
+            f"no data/{name}: make it with python prepare_data.py {name} --input PATH --tokenizer=gpt2; to begin, "
+            "run python train.py config/shakespeare.py, which needs no preparation"
+        )
+    try:
+        prepare(name)
+        return name
+    except UserError as error:
+        if name != "shakespeare":
+            raise
+        print(f"{error}. Training on python_docs instead.", flush=True)
+        return find_dataset("python_docs")
+
+
+@one_line_errors()
+def main(s):
+    # ranks: torchrun starts one process a rank and tells each its place
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(s.device)
+    if device.type == "cuda":
+        if world_size > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = {"cuda": "nccl"}.get(device.type, "gloo") if s.backend == "auto" else s.backend
+        dist.init_process_group(backend)
+    if s.gradient_accumulation_steps % world_size:
+        raise UserError(
+            f"gradient_accumulation_steps ({s.gradient_accumulation_steps}) must be a multiple of the number of "
+            f"ranks ({world_size}): each rank does its share of the micro-batches"
+        )
+    micro_steps = s.gradient_accumulation_steps // world_size
+    dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
+    autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+
+    def say(line):
+        if rank == 0:
+            print(line, flush=True)
+
+    # data
+    if rank == 0:
+        s.dataset = find_dataset(s.dataset)
+    if world_size > 1:
+        found = [s.dataset]
+        dist.broadcast_object_list(found)
+        s.dataset = found[0]
+    train_tokens, val_tokens, tokenizer = open_dataset(s.dataset)
+    for split, tokens in (("train", train_tokens), ("val", val_tokens)):
+        if len(tokens) <= s.block_size:
+            where = f"data/{s.dataset}/{split}.bin"
+            raise UserError(f"{where} has {len(tokens)} tokens, no more than block_size ({s.block_size})")
+
+    # model
+    torch.manual_seed(s.seed)
+    try:
+        config = GPTConfig(s.block_size, tokenizer["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    raw_model = MiniGPT(config).to(device)
+    optimizers = make_optimizers(raw_model, s)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # keeps small float16 gradients from zero
+
+    # resume
+    out_dir = Path(s.out_dir)
+    last, best, metrics = out_dir / "last.pt", out_dir / "best.pt", out_dir / "metrics.jsonl"
+    step, best_val_loss, worse_evals, seconds = 0, math.inf, 0, 0.0
+    if s.init_from == "scratch" and last.exists():
+        raise UserError(f"{last} is a run already: leave --init_from out to go on with it, or give another --out_dir")
+    if s.init_from == "resume" or (s.init_from == "auto" and last.exists()):
+        state = load_checkpoint(last)
+        if state["tokenizer"] != tokenizer:
+            raise UserError(
+                f"{last} was trained on {state['tokenizer']['source']}, and data/{s.dataset} is made from "
+                f"{tokenizer['source']}: give its --dataset, or another --out_dir"
+            )
+        theirs = {k: v for k, v in state["model_args"].items() if k != "dropout" and v != getattr(config, k)}
+        if theirs:
+            ours = {k: getattr(config, k) for k in theirs}
+            raise UserError(f"{last} is a model with {theirs}, not {ours}: give its sizes, or another --out_dir")
+        raw_model.load_state_dict(state["model"])
+        for optimizer, its_state in zip(optimizers, [state["optimizer"], *state["more_optimizers"]], strict=True):
+            optimizer.load_state_dict(its_state)
+        scaler.load_state_dict(state["scaler"])
+        step, best_val_loss, worse_evals, seconds = (
+            state[k] for k in ("step", "best_val_loss", "worse_evals", "seconds")
+        )
+        say(f"going on from {last} at step {step}")
+        del state
+
+    # report
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    # A weight is one multiply-add for a token forward and two backward; attention's two products add
+    # T C multiply-adds each, three times a layer (Chowdhery et al. 2022, appendix B).
+    flops_per_token = 6 * (n_params - raw_model.wpe.weight.numel()) + 12 * s.n_layer * s.n_embd * s.block_size
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak_flops = world_size * next((v for k, v in PEAK_FLOPS.items() if k in device_name), math.nan)
+    tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    say(f"model: {n_params:,} parameters, {s.n_layer} layers, {s.n_head} heads, {s.n_embd} wide")
+    say(
+        f"data: {s.dataset}, from {tokenizer['source']}: {len(train_tokens):,} training tokens of {config.vocab_size:,}"
+    )
+    micro_batches = f"{s.gradient_accumulation_steps} x {s.batch_size} sequences of {s.block_size}"
+    say(f"a step: {tokens_per_step:,} tokens ({micro_batches}) on {world_size} x {device_name}, {dtype}")
+    if not s.eval_only and (step >= s.max_iters or 0 < s.patience <= worse_evals):
+        say(f"{out_dir} is finished: step {step}, best validation loss {best_val_loss:.4f}; --max_iters can be raised")
+        return
+
+    # speed: compiled, on several ranks, with less memory
+    if s.activation_checkpointing:  # what a block computes inside is computed again in the backward pass
+        for block in raw_model.h:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    model = raw_model
+    if s.compile:
+        try:
+            model = torch.compile(raw_model)
+            with autocast:  # it compiles when it is first called
+                loss = model(*(t.to(device) for t in training_batch(train_tokens, s, 0, 0, s.batch_size)))[1]
+            loss.backward()
+            raw_model.zero_grad()
+        except Exception as error:  # as many kinds as there are compilers
+            say(f"not compiling, {type(error).__name__} in torch.compile: --compile=False does without this attempt")
+            model = raw_model
+    if world_size > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    begun = time.perf_counter() - seconds  # so that the time of earlier runs counts
+
+    def evaluate_now():
+        """Print and log the validation loss, and return it."""
+        with autocast:
+            val_loss = evaluate(raw_model, val_tokens, s, rank, world_size)
+        bits_per_byte = None
+        if "val_bytes" in tokenizer:
+            bits_per_byte = val_loss / math.log(2) * tokenizer["val_tokens"] / tokenizer["val_bytes"]
+        say(
+            f"step {step}/{s.max_iters} | validation loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f}"
+            + (f" | {bits_per_byte:.3f} bits per byte" if bits_per_byte else "")
+        )
+        log(val_loss=val_loss, perplexity=math.exp(val_loss), bits_per_byte=bits_per_byte)
+        return val_loss
+
+    def log(**record):
+        """Append a line to metrics.jsonl; JSON has no NaN, so that is null."""
+        if rank == 0 and not s.eval_only:
+            record = {"step": step, **record, "seconds": time.perf_counter() - begun}
+            record = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+            with metrics.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def save(path):
+        if rank == 0:
+            state = {
+                "model": raw_model.state_dict(),
+                "optimizer": optimizers[0].state_dict(),
+                "more_optimizers": [optimizer.state_dict() for optimizer in optimizers[1:]],
+                "scaler": scaler.state_dict(),
+                "step": step,
+                "best_val_loss": best_val_loss,
+                "worse_evals": worse_evals,
+                "seconds": time.perf_counter() - begun,
+                "config": asdict(s),
+                "model_args": asdict(config),
+                "tokenizer": tokenizer,
+            }
+            save_checkpoint(path, state)
+
+    if s.eval_only:
+        evaluate_now()
+        return
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        cut_metrics(metrics, step)
+
+    # train
+    def load(step, micro_step):
+        first = (micro_step * world_size + rank) * s.batch_size
+        return training_batch(train_tokens, s, step, first, s.batch_size)
+
+    batches = prefetch(load, ((i, j) for i in range(step, s.max_iters) for j in range(micro_steps)))
+    interval_start, interval_step = time.perf_counter(), step
+    while step < s.max_iters:
+        lr = learning_rate(step, s)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for micro_step in range(micro_steps):
+            x, y = next(batches)
+            if device.type == "cuda":  # from pinned memory the copy needs no wait
+                x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if s.dropout:  # masks that depend on nothing but these four can be drawn again after a resume
+                torch.manual_seed(int(np.random.SeedSequence((s.seed, step, micro_step, rank)).generate_state(1)[0]))
+            last_micro_step = micro_step == micro_steps - 1
+            with nullcontext() if world_size == 1 or last_micro_step else model.no_sync():  # one all-reduce a step
+                with autocast:
+                    micro_loss = model(x, y)[1] / micro_steps
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        raw_model.zero_grad()
+        step += 1
+
+        if step % s.log_interval == 0 or step == 1:
+            if world_size > 1:
+                dist.all_reduce(loss)
+            loss, grad_norm = loss.item() / world_size, grad_norm.item()  # the only wait for the device
+            now = time.perf_counter()
+            step_time = (now - interval_start) / (step - interval_step)
+            interval_start, interval_step = now, step
+            tokens_per_sec = tokens_per_step / step_time
+            mfu = tokens_per_sec * flops_per_token / peak_flops
+            left = timedelta(seconds=round((s.max_iters - step) * step_time))
+            say(
+                f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
+                f"{step_time * 1000:.1f} ms/step | {tokens_per_sec:,.0f} tok/s | "
+                f"MFU {'n/a' if math.isnan(mfu) else f'{mfu:.1%}'} | {left} left"
+            )
+            log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_sec=tokens_per_sec, ms_per_step=step_time * 1000,
+                mfu=mfu)  # fmt: skip
+
+        if step % s.eval_interval == 0 or step == s.max_iters:
+            pause = time.perf_counter()
+            val_loss = evaluate_now()
+            better = val_loss < best_val_loss
+            worse_evals = 0 if better else worse_evals + 1
+            if better:
+                best_val_loss = val_loss
+                save(best)
+            save(last)
+            if 0 < s.patience <= worse_evals:
+                say(f"stopping early: {worse_evals} evaluations without a better one")
+                break
+            interval_start += time.perf_counter() - pause
+
+    say(f"done: best validation loss {best_val_loss:.4f}; let it write with python sample.py --out_dir={s.out_dir}")
+
+
+if __name__ == "__main__":
+    main(settings)
+    if dist.is_initialized():
+        dist.barrier()  # no rank leaves while another may still talk to it
+        dist.destroy_process_group()
