@@ -118,6 +118,8 @@ def load_tokenizer(meta):
     """The tokenizer that meta describes: a dataset's meta.json, or a checkpoint's "tokenizer" entry."""
     name = meta["tokenizer"]
     if name == "char":
+        if list(meta["chars"]) != sorted(set(meta["chars"])):
+            raise UserError("the characters of this tokenizer are not sorted: prepare the dataset again")
         return CharTokenizer(meta["chars"])
     if name == "byte":
         return ByteTokenizer()
@@ -127,6 +129,8 @@ def load_tokenizer(meta):
         ranks = (line.split() for line in meta["ranks"].split("\n"))
         ranks = {base64.b64decode(token): int(rank) for token, rank in ranks}
         special = meta["special_tokens"]
+        if not all(0 <= i < 2 * (len(ranks) + 500) for i in (*ranks.values(), *special.values())):
+            raise UserError("the ids of this tokenizer are not those of a vocabulary: prepare the dataset again")
         return BPETokenizer(
             tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
         )
@@ -291,14 +295,14 @@ def prepare(name, input="", tokenizer="char"):
 
     folder = DATA / name
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = [folder / "train.bin", folder / "val.bin", folder / "meta.json"]
+    outputs = [folder / "meta.json", folder / "train.bin", folder / "val.bin"]  # a folder with tokens has their meaning
     beside = [path.with_name(path.name + ".tmp") for path in outputs]
     try:
         tokens, n_bytes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
         pieces = encodable(documents, n_train=n_chars * 9 // 10)
         progress, last = Progress("encoding", size), 0
         workers = os.cpu_count() or 1
-        with beside[0].open("wb") as train, beside[1].open("wb") as val, ThreadPoolExecutor(workers) as pool:
+        with beside[1].open("wb") as train, beside[2].open("wb") as val, ThreadPoolExecutor(workers) as pool:
             while group := list(islice(pieces, workers)):  # map alone would read the whole text ahead
                 arrays = pool.map(encoder.encode_array, [text for _, _, text in group])
                 for (number, split, text), ids in zip(group, arrays, strict=True):
@@ -320,7 +324,7 @@ def prepare(name, input="", tokenizer="char"):
             **{f"{split}_bytes": n for split, n in n_bytes.items()},
             **encoder.meta,
         }
-        with beside[2].open("w", encoding="utf-8", newline="\n") as file:
+        with beside[0].open("w", encoding="utf-8", newline="\n") as file:
             json.dump(meta, file, indent=1, ensure_ascii=True)
         for path, temporary in zip(outputs, beside, strict=True):
             os.replace(temporary, path)
@@ -330,36 +334,57 @@ def prepare(name, input="", tokenizer="char"):
     return meta
 
 
+def fingerprint(tokens):
+    """A hash of an array's length and of up to 256 MB of it, in evenly spaced blocks: changes show, and it is quick."""
+    data = tokens.view(np.uint8)
+    block, count = 1 << 18, 1 << 10
+    digest = hashlib.sha256(str(len(data)).encode())
+    for i in range(count):
+        start = i * len(data) // count if len(data) > block * count else i * block
+        digest.update(data[start : start + block])
+    return digest.hexdigest()
+
+
 def open_dataset(name):
     """Return (train tokens, validation tokens, meta) of data/name, the tokens as memory-mapped arrays.
 
     A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for what can't be trained on.
     """
     folder = DATA / name
+    if Path(name).name != name or not folder.is_dir():
+        raise UserError(f"no dataset {folder}: python prepare_data.py NAME --input PATH makes one")
+    meta = {"dataset": name, "source": f"{folder}, prepared by nanoGPT", "tokenizer": "gpt2", "dtype": "uint16"}
+    meta["vocab_size"] = 50257
     if (folder / "meta.json").exists():
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            meta["tokenizer"], meta["vocab_size"], dtype = meta["tokenizer"], meta["vocab_size"], meta["dtype"]
-        except (ValueError, KeyError, TypeError) as error:
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype {meta['dtype']}")
+            if meta["vocab_size"] != load_tokenizer(meta).vocab_size:
+                raise ValueError("vocab_size is not the tokenizer's")
+            str(meta["source"]), 0 * (meta["train_bytes"] + meta["val_bytes"])
+        except Exception as error:  # it may hold anything
             raise UserError(f"{folder / 'meta.json'} is damaged ({error}): prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():
         raise UserError(
             f"{folder} has nanoGPT's character-level form, whose meta.pkl is a pickle and is not opened: prepare "
             f"the text again, python prepare_data.py {name} --input {folder / 'input.txt'}"
         )
-    else:
-        meta = {"dataset": name, "source": f"{folder}, prepared by nanoGPT", "tokenizer": "gpt2", "vocab_size": 50257}
-        dtype = "uint16"
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     splits = []
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         if not path.is_file():
             raise UserError(f"no {path}: prepare the dataset again")
-        size, width = path.stat().st_size, np.dtype(dtype).itemsize
-        if size == 0 or size % width or size // width != meta.get(f"{split}_tokens", size // width):
-            raise UserError(f"{path} has {size:,} bytes, not what meta.json says: prepare the dataset again")
-        splits.append(np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r"))
-    return *splits, meta
+        size = path.stat().st_size
+        if (
+            size == 0
+            or size % dtype.itemsize
+            or size // dtype.itemsize != meta.get(f"{split}_tokens", size // dtype.itemsize)
+        ):
+            raise UserError(f"{path} has {size:,} bytes, not what it should have: prepare the dataset again")
+        splits.append(np.memmap(path, dtype, mode="r"))
+    return *splits, meta | {"fingerprint": [fingerprint(tokens) for tokens in splits]}
 
 
 @one_line_errors()

@@ -44,7 +44,7 @@ import torch
 
 from model import GPTConfig, KVCache, MiniGPT
 from prepare_data import load_tokenizer
-from train import best_dtype, load_checkpoint, pick_device
+from train import best_dtype, load_checkpoint, pick_device, refused
 
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
@@ -130,10 +130,19 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 def load_model(path, device="cpu"):
     """Return (model in eval mode, tokenizer, checkpoint) of the checkpoint at path."""
+    path = Path(path)
     state = load_checkpoint(path)
-    model = MiniGPT(GPTConfig(**state["model_args"]))
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), load_tokenizer(state["tokenizer"]), state
+    with refused(path):
+        config, weights = GPTConfig(**state["model_args"]), state["model"]
+        if config.n_layer > len(weights):  # before it is built, layer by layer
+            raise ValueError(f"{config.n_layer} layers")
+        with torch.device("meta"):  # takes no memory: load_state_dict checks the shapes, then puts the weights in
+            model = MiniGPT(config)
+        model.load_state_dict(weights, assign=True)
+        tokenizer = load_tokenizer(state["tokenizer"])
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(f"a tokenizer of {tokenizer.vocab_size} for a model of {config.vocab_size}")
+        return model.to(device).eval(), tokenizer, state
 
 
 @one_line_errors()

@@ -10,11 +10,14 @@ best.pt (the lowest validation loss) and metrics.jsonl.
 
 import json
 import math
+import operator
 import os
+import signal
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,16 +34,16 @@ class Settings:
         "auto", "auto: go on from out_dir/last.pt if there is one; resume: insist on it; scratch: insist on a new run",
         choices=("auto", "resume", "scratch"),
     )  # fmt: skip
-    seed: int = setting(1337, "of the initial weights, the batches and dropout", low=0)
+    seed: int = setting(1337, "of the initial weights, the batches and dropout", 0, 2**63 - 1)
     # data
     dataset: str = setting("openwebtext", "folder in data/ that prepare_data.py made")
-    batch_size: int = setting(12, "sequences a micro-batch", low=1)
-    gradient_accumulation_steps: int = setting(40, "micro-batches a step, of all ranks together", low=1)
-    block_size: int = setting(1024, "tokens a sequence, the most the model can see", low=1)
+    batch_size: int = setting(12, "sequences a micro-batch", 1, 1 << 24)
+    gradient_accumulation_steps: int = setting(40, "micro-batches a step, of all ranks together", 1, 1 << 24)
+    block_size: int = setting(1024, "tokens a sequence, the most the model can see", 1, 1 << 24)
     # model
-    n_layer: int = setting(12, "transformer blocks", low=1)
-    n_head: int = setting(12, "attention heads a block", low=1)
-    n_embd: int = setting(768, "width, a multiple of n_head", low=1)
+    n_layer: int = setting(12, "transformer blocks", 1, 10_000)
+    n_head: int = setting(12, "attention heads a block", 1, 10_000)
+    n_embd: int = setting(768, "width, a multiple of n_head", 1, 1 << 20)
     dropout: float = setting(0.0, "share of activations set to zero; 0 for pretraining, 0.1 and more for little data",
                              low=0.0, high=0.99)  # fmt: skip
     bias: bool = setting(False, "biases in Linear and LayerNorm layers, as GPT-2 has them")
@@ -48,20 +51,24 @@ class Settings:
     optimizer: str = setting("adamw", "adamw, or muon for the matrices of the blocks and adamw for the rest",
                              choices=("adamw", "muon"))  # fmt: skip
     learning_rate: float = setting(6e-4, "its highest value", low=0.0)
-    max_iters: int = setting(600_000, "steps to train for", low=0)
+    max_iters: int = setting(600_000, "steps to train for", low=1)
     weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and norms", low=0.0)
     beta1: float = setting(0.9, "decay of the gradient's running mean", low=0.0, high=0.9999)
     beta2: float = setting(0.95, "decay of the squared gradient's running mean", low=0.0, high=0.99999)
     grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit", low=0.0)
     decay_lr: bool = setting(True, "warm up, then decay the learning rate; otherwise it is constant")
-    warmup_iters: int = setting(2000, "steps of linear warm-up", low=0)
-    lr_decay_iters: int = setting(0, "step at which the learning rate reaches min_lr, 0 for max_iters", low=0)
-    min_lr: float = setting(6e-5, "the learning rate's last value", low=0.0)
+    warmup_iters: int | None = setting(None, "steps of linear warm-up, by default 2000 or a tenth of the run", low=0)
+    lr_decay_iters: int | None = setting(None, "step at which it reaches min_lr, by default max_iters", low=1)
+    min_lr: float | None = setting(None, "the learning rate's last value, by default a tenth of its highest", low=0.0)
+    max_bad_steps: int = setting(8, "end after so many steps in a row whose gradient is not finite; each is skipped",
+                                 low=1)  # fmt: skip
     # evaluation, logs, checkpoints
     eval_interval: int = setting(2000, "steps between evaluations, each of which also saves", low=1)
     eval_iters: int = setting(200, "micro-batches an evaluation reads, 0 for the whole validation split", low=0)
     eval_only: bool = setting(False, "evaluate once and end")
     patience: int = setting(0, "stop after so many evaluations without a better one, 0 for never", low=0)
+    save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", low=0)
+    save_minutes: float = setting(10.0, "minutes between saves, whatever the step", low=0.0)
     log_interval: int = setting(10, "steps between log lines", low=1)
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best there is")
@@ -71,7 +78,24 @@ class Settings:
     )  # fmt: skip
     compile: bool = setting(True, "torch.compile the model: slow to start, faster to run")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
-    backend: str = setting("auto", "of torch.distributed: auto is nccl on GPUs and gloo on CPUs")
+    deterministic: bool = setting(False, "the same bits in every run also where that is slower")
+    backend: str = setting("auto", "of torch.distributed: auto is nccl on GPUs and gloo on CPUs",
+                           choices=("auto", "nccl", "gloo"))  # fmt: skip
+    timeout: int = setting(600, "seconds that a rank waits for another", low=1)
+
+    def __post_init__(self):
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_iters
+        if self.warmup_iters is None:
+            self.warmup_iters = min(2000, self.lr_decay_iters // 10)
+        if self.min_lr is None:
+            self.min_lr = self.learning_rate / 10
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
+        if self.warmup_iters > self.lr_decay_iters:
+            raise UserError(f"warmup_iters ({self.warmup_iters}) must not be more than the run ({self.lr_decay_iters})")
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
 
 
 if __name__ == "__main__":  # before torch is loaded, which takes seconds: --help and mistakes are answered at once
@@ -81,6 +105,7 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -93,6 +118,8 @@ PEAK_FLOPS = {
     "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
+
 
 def pick_device(name):
     """The torch.device called name; for "auto" a GPU if there is one: cuda, else mps, else cpu."""
@@ -100,7 +127,11 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or not there
         raise UserError(f"--device={name} can't be used here: {str(error).splitlines()[0]}") from error
     return device
@@ -118,48 +149,90 @@ def best_dtype(device):
 def learning_rate(step, s):
     """The learning rate of the update after `step` updates: linear warm-up, then half a cosine (Loshchilov & Hutter
     2017, equation 5) from learning_rate down to min_lr."""
-    decay_iters = s.lr_decay_iters or s.max_iters
     if not s.decay_lr:
         return s.learning_rate
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    if step >= decay_iters:
+    if step >= s.lr_decay_iters:
         return s.min_lr
-    progress = (step - s.warmup_iters) / (decay_iters - s.warmup_iters)
+    progress = (step - s.warmup_iters) / (s.lr_decay_iters - s.warmup_iters)
     return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizers(model, s):
+class MuonAndAdamW:
+    """Two optimisers that are used as one."""
+
+    def __init__(self, muon, adamw):
+        self.optimizers = (muon, adamw)
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def make_optimizer(model, s):
     """AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not.
 
-    With optimizer=muon the matrices of the blocks go to a second one, Muon (Jordan et al. 2024), whose update is the
-    momentum made orthogonal. It is scaled to the size of AdamW's (Liu et al. 2025), so that both share one schedule.
+    With optimizer=muon the matrices of the blocks go to Muon (Jordan et al. 2024) instead, whose update is their
+    momentum made orthogonal. It is scaled to the size of AdamW's (Liu et al. 2025), so both share one schedule.
     """
-    params = dict(model.named_parameters())
-    muon = {name for name, p in params.items() if s.optimizer == "muon" and name.startswith("h.") and p.dim() == 2}
-    matrices = [p for name, p in params.items() if name not in muon and p.dim() == 2]
-    groups = [
-        {"params": matrices, "weight_decay": s.weight_decay},
-        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)]
-    if muon:
-        matrices = [params[name] for name in sorted(muon)]
-        optimizers += [torch.optim.Muon(matrices, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")]
-    return optimizers
+    muon, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            vectors.append(p)
+        elif s.optimizer == "muon" and name.startswith("h."):
+            muon.append(p)
+        else:
+            matrices.append(p)
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+    if not muon:
+        return adamw
+    return MuonAndAdamW(torch.optim.Muon(muon, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
-def load_windows(tokens, starts, block_size):
-    """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it."""
-    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+def load_optimizer(optimizer, state):
+    """Load momenta from state; the settings of this run stay. Raises ValueError for what is not this optimiser's."""
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, ours, strict=True):
+        group.update(options)
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        for p, values in part.state.items():
+            if set(values) not in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}):
+                raise ValueError(f"an optimiser with {sorted(values)}")
+            if any(v.shape != p.shape for k, v in values.items() if k != "step"):
+                raise ValueError("momenta of another shape")
+
+
+def load_windows(tokens, starts, config):
+    """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
+
+    Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
+    """
+    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64))
+    if windows.max() >= config.vocab_size:
+        where = getattr(tokens, "filename", "the data")
+        raise UserError(f"{where} has the token id {windows.max()}, outside the vocabulary of {config.vocab_size}")
     return windows[:, :-1], windows[:, 1:]
 
 
-def training_batch(tokens, s, step, first, n):
+def training_batch(tokens, config, seed, step, first, n):
     """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
     place in the batch: not on the number of ranks, nor on where the run was interrupted."""
-    starts = np.random.default_rng((s.seed, step)).integers(len(tokens) - s.block_size, size=first + n)[first:]
-    return load_windows(tokens, starts, s.block_size)
+    starts = np.random.default_rng((seed, step)).integers(len(tokens) - config.block_size, size=first + n)[first:]
+    return load_windows(tokens, starts, config)
 
 
 def prefetch(load, keys):
@@ -175,20 +248,20 @@ def prefetch(load, keys):
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, s, rank=0, world_size=1):
+def evaluate(model, tokens, batch_size, eval_iters=0, rank=0, world_size=1):
     """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
 
-    All of the split for eval_iters = 0, otherwise eval_iters micro-batches; every rank reads its share.
+    All of the split for eval_iters = 0, otherwise eval_iters batches; every rank reads its share.
     """
-    device = next(model.parameters()).device
-    n_windows = (len(tokens) - 1) // s.block_size
-    n = min(n_windows, s.eval_iters * s.batch_size) or n_windows
-    starts = np.arange(n) * n_windows // n * s.block_size
-    batches = np.array_split(starts, math.ceil(n / s.batch_size))[rank::world_size]
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    n_windows = (len(tokens) - 1) // block_size
+    n = min(n_windows, eval_iters * batch_size) or n_windows
+    starts = np.arange(n) * n_windows // n * block_size
+    batches = np.array_split(starts, math.ceil(n / batch_size))[rank::world_size]
     total = torch.zeros((), device=device)
     model.eval()
     for batch in batches:
-        x, y = load_windows(tokens, batch, s.block_size)
+        x, y = load_windows(tokens, batch, model.config)
         total += model(x.to(device), y.to(device))[1] * len(batch)
     model.train()
     if world_size > 1:
@@ -209,24 +282,76 @@ def save_checkpoint(path, state):
         temporary.unlink(missing_ok=True)
 
 
+def read_checkpoint(path):
+    """The checkpoint at path, on the CPU. Runs no code that may be in it, and takes no more memory than it is large;
+    raises whatever Exception the damage leads to."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("compressed")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not all(p.is_contiguous() for p in state["model"].values()):  # a small storage can pose as a large tensor
+        raise ValueError("strided")
+    state["model_args"], state["tokenizer"], state["step"] + 1
+    return state
+
+
 def load_checkpoint(path):
-    """The checkpoint at path, on the CPU. Runs no code that may be in it. Raises UserError if it can't be read."""
+    """read_checkpoint, with a UserError if it fails that names the newest checkpoint beside it that is whole."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["model"], state["model_args"], state["tokenizer"]
-        return state
+        return read_checkpoint(path)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train first, or give another --out_dir") from error
-    except Exception as error:  # zipfile's, pickle's and torch's own many
-        raise UserError(f"{path} is not a whole checkpoint of this program ({type(error).__name__})") from error
+    except Exception as error:
+        message = f"{path} is not a whole checkpoint of this program ({type(error).__name__})"
+        for other in sorted(path.parent.glob("*.pt"), key=os.path.getmtime, reverse=True):
+            with suppress(Exception):
+                message += f"; {other} is, from step {read_checkpoint(other)['step']}: copy it there to go on from it"
+                break
+        raise UserError(message) from error
+
+
+@contextmanager
+def refused(path):
+    """What is read from path may be anything: turn what it leads to into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit this program ({type(error).__name__}: {reason})") from error
+
+
+def lock(path):
+    """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
+    file = path.open("a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(
+            f"another process is training in {path.parent}: wait for it, or give another --out_dir"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def cut_metrics(path, step):
     """Drop the lines of path that came after step, and a torn last one: the run will write them again."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            try:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, TypeError, KeyError):
                 break
             kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
@@ -236,7 +361,7 @@ def cut_metrics(path, step):
 
 def find_dataset(name):
     """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
-    if (DATA / name).exists():
+    if (DATA / name / "train.bin").exists():
         return name
     if name not in BUILT_IN:
         raise UserError(
@@ -253,79 +378,110 @@ def find_dataset(name):
         return find_dataset("python_docs")
 
 
+@contextmanager
+def explained():
+    """Say what to do about those of torch's errors that a user can put right."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, advice in (
+            ("out of memory", "a smaller --batch_size with more --gradient_accumulation_steps needs less"),
+            ("can't allocate memory", "a smaller model or --batch_size needs less"),
+            ("deterministic implementation", "--deterministic=False does without"),
+            ("imed out", "another rank has stopped or is slower than --timeout"),
+            ("onnection closed by peer", "another rank has stopped"),
+        ):
+            if sign in str(error):
+                raise UserError(f"{str(error).splitlines()[0]} ({advice})") from error
+        raise
+
+
+@record  # lets torchrun say which rank failed, and why
 @one_line_errors()
+@explained()
 def main(s):
     # ranks: torchrun starts one process a rank and tells each its place
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(s.device)
-    if device.type == "cuda":
-        if world_size > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        backend = {"cuda": "nccl"}.get(device.type, "gloo") if s.backend == "auto" else s.backend
-        dist.init_process_group(backend)
     if s.gradient_accumulation_steps % world_size:
         raise UserError(
             f"gradient_accumulation_steps ({s.gradient_accumulation_steps}) must be a multiple of the number of "
             f"ranks ({world_size}): each rank does its share of the micro-batches"
         )
     micro_steps = s.gradient_accumulation_steps // world_size
+    device = pick_device(s.device)
     dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
     autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if world_size > 1:
+        backend = ("nccl" if device.type == "cuda" else "gloo") if s.backend == "auto" else s.backend
+        dist.init_process_group(backend, timeout=timedelta(seconds=s.timeout))
+        cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=s.timeout))
 
     def say(line):
         if rank == 0:
             print(line, flush=True)
 
     # data
-    if rank == 0:
-        s.dataset = find_dataset(s.dataset)
+    found = [find_dataset(s.dataset) if rank == 0 else None]
     if world_size > 1:
-        found = [s.dataset]
         dist.broadcast_object_list(found)
-        s.dataset = found[0]
+    s.dataset = found[0]
     train_tokens, val_tokens, tokenizer = open_dataset(s.dataset)
     for split, tokens in (("train", train_tokens), ("val", val_tokens)):
         if len(tokens) <= s.block_size:
             where = f"data/{s.dataset}/{split}.bin"
             raise UserError(f"{where} has {len(tokens)} tokens, no more than block_size ({s.block_size})")
 
-    # model
+    # model and optimiser
     torch.manual_seed(s.seed)
     try:
         config = GPTConfig(s.block_size, tokenizer["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
     except ValueError as error:
         raise UserError(str(error)) from error
     raw_model = MiniGPT(config).to(device)
-    optimizers = make_optimizers(raw_model, s)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")  # keeps small float16 gradients from zero
+    optimizer = make_optimizer(raw_model, s)
+    # Scales the loss so that small float16 gradients do not become zero (Micikevicius et al. 2018). For the other
+    # types the scale is 1, and all it does is what we want for them too: skip a step whose gradient is not finite.
+    float16 = dtype == "float16"
+    scaler = torch.amp.GradScaler(
+        device.type, 2.0**16 if float16 else 1.0, growth_interval=2000 if float16 else 2**31 - 1
+    )
 
     # resume
     out_dir = Path(s.out_dir)
     last, best, metrics = out_dir / "last.pt", out_dir / "best.pt", out_dir / "metrics.jsonl"
-    step, best_val_loss, worse_evals, seconds = 0, math.inf, 0, 0.0
-    if s.init_from == "scratch" and last.exists():
+    step, best_val_loss, worse_evals, seconds, bad_steps, skipped = 0, math.inf, 0, 0.0, 0, 0
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
+    if s.init_from == "scratch" and last.exists() and not restarted:
         raise UserError(f"{last} is a run already: leave --init_from out to go on with it, or give another --out_dir")
-    if s.init_from == "resume" or (s.init_from == "auto" and last.exists()):
+    if s.init_from == "resume" or last.exists():
         state = load_checkpoint(last)
-        if state["tokenizer"] != tokenizer:
-            raise UserError(
-                f"{last} was trained on {state['tokenizer']['source']}, and data/{s.dataset} is made from "
-                f"{tokenizer['source']}: give its --dataset, or another --out_dir"
+        with refused(last):
+            same_data = [
+                {k: v for k, v in t.items() if k not in ("dataset", "source")} for t in (state["tokenizer"], tokenizer)
+            ]
+            if same_data[0] != same_data[1]:
+                raise UserError(
+                    f"{last} was trained on {state['tokenizer']['source']}, and data/{s.dataset}, from "
+                    f"{tokenizer['source']}, is not that or has changed: give its --dataset, or another --out_dir"
+                )
+            theirs = {k: v for k, v in state["model_args"].items() if k != "dropout" and v != getattr(config, k)}
+            if theirs:
+                ours = {k: getattr(config, k) for k in theirs}
+                raise UserError(f"{last} is a model with {theirs}, not {ours}: give its sizes, or another --out_dir")
+            raw_model.load_state_dict(state["model"])
+            load_optimizer(optimizer, state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            step, worse_evals, skipped, bad_steps = (
+                operator.index(state[k]) for k in ("step", "worse_evals", "skipped", "bad_steps")
             )
-        theirs = {k: v for k, v in state["model_args"].items() if k != "dropout" and v != getattr(config, k)}
-        if theirs:
-            ours = {k: getattr(config, k) for k in theirs}
-            raise UserError(f"{last} is a model with {theirs}, not {ours}: give its sizes, or another --out_dir")
-        raw_model.load_state_dict(state["model"])
-        for optimizer, its_state in zip(optimizers, [state["optimizer"], *state["more_optimizers"]], strict=True):
-            optimizer.load_state_dict(its_state)
-        scaler.load_state_dict(state["scaler"])
-        step, best_val_loss, worse_evals, seconds = (
-            state[k] for k in ("step", "best_val_loss", "worse_evals", "seconds")
-        )
-        say(f"going on from {last} at step {step}")
+            best_val_loss, seconds = float(state["best_val_loss"]), float(state["seconds"])
+            changed = [
+                f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(s).items() if v != state["config"].get(k)
+            ]
+        say(f"going on from {last} at step {step}" + (f", changed: {', '.join(changed)}" if changed else ""))
         del state
 
     # report
@@ -355,7 +511,7 @@ def main(s):
         try:
             model = torch.compile(raw_model)
             with autocast:  # it compiles when it is first called
-                loss = model(*(t.to(device) for t in training_batch(train_tokens, s, 0, 0, s.batch_size)))[1]
+                loss = model(*(t.to(device) for t in training_batch(train_tokens, config, 0, 0, 0, s.batch_size)))[1]
             loss.backward()
             raw_model.zero_grad()
         except Exception as error:  # as many kinds as there are compilers
@@ -369,59 +525,93 @@ def main(s):
     def evaluate_now():
         """Print and log the validation loss, and return it."""
         with autocast:
-            val_loss = evaluate(raw_model, val_tokens, s, rank, world_size)
+            val_loss = evaluate(raw_model, val_tokens, s.batch_size, s.eval_iters, rank, world_size)
+        perplexity = math.exp(min(val_loss, 700.0))
         bits_per_byte = None
         if "val_bytes" in tokenizer:
             bits_per_byte = val_loss / math.log(2) * tokenizer["val_tokens"] / tokenizer["val_bytes"]
         say(
-            f"step {step}/{s.max_iters} | validation loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f}"
+            f"step {step}/{s.max_iters} | validation loss {val_loss:.4f} | perplexity {perplexity:.2f}"
             + (f" | {bits_per_byte:.3f} bits per byte" if bits_per_byte else "")
         )
-        log(val_loss=val_loss, perplexity=math.exp(val_loss), bits_per_byte=bits_per_byte)
+        log(val_loss=val_loss, perplexity=perplexity, bits_per_byte=bits_per_byte)
         return val_loss
 
     def log(**record):
         """Append a line to metrics.jsonl; JSON has no NaN, so that is null."""
-        if rank == 0 and not s.eval_only:
-            record = {"step": step, **record, "seconds": time.perf_counter() - begun}
-            record = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        if rank > 0 or s.eval_only:
+            return
+        record = {"step": step, **record, "seconds": time.perf_counter() - begun}
+        line = json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in record.items()})
+        size = metrics.stat().st_size
+        try:
             with metrics.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(line + "\n")
+        except OSError as error:  # a full disk, mostly: no half line may stay
+            os.truncate(metrics, size)
+            print(f"error: can't write {metrics}: {error}", file=sys.stderr)
+
+    unsaved = set()  # files whose last save failed
 
     def save(path):
-        if rank == 0:
-            state = {
-                "model": raw_model.state_dict(),
-                "optimizer": optimizers[0].state_dict(),
-                "more_optimizers": [optimizer.state_dict() for optimizer in optimizers[1:]],
-                "scaler": scaler.state_dict(),
-                "step": step,
-                "best_val_loss": best_val_loss,
-                "worse_evals": worse_evals,
-                "seconds": time.perf_counter() - begun,
-                "config": asdict(s),
-                "model_args": asdict(config),
-                "tokenizer": tokenizer,
-            }
+        if rank > 0:
+            return
+        if not all(p.isfinite().all() for p in raw_model.parameters()):
+            raise UserError(f"weights are not finite at step {step}, and not saved: {ADVICE}")
+        state = {
+            "model": raw_model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "step": step,
+            "best_val_loss": best_val_loss,
+            "worse_evals": worse_evals,
+            "bad_steps": int(bad_steps),
+            "skipped": int(skipped),
+            "seconds": time.perf_counter() - begun,
+            "config": asdict(s),
+            "model_args": asdict(config),
+            "tokenizer": tokenizer,
+        }
+        try:
             save_checkpoint(path, state)
+            unsaved.discard(path)
+        except (OSError, RuntimeError) as error:  # torch makes some of the former into the latter
+            unsaved.add(path)
+            reason = str(error).splitlines()[0]
+            print(f"error: can't save {path} ({reason}): training goes on, the next save tries again", file=sys.stderr)
 
     if s.eval_only:
         evaluate_now()
         return
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
+        out_dir_lock = lock(out_dir / "lock")  # noqa: F841 (held as long as this name is)
         cut_metrics(metrics, step)
+
+    signals = []  # (number, time) of each SIGINT and SIGTERM
+
+    def on_signal(number, frame):
+        signals.append((number, time.monotonic()))
+        if signals[-1][1] - signals[0][1] > 1:  # a second Ctrl-C; torchrun repeats the first one at once
+            end_by_signal(number)
+
+    def end_by_signal(number):
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
     # train
     def load(step, micro_step):
         first = (micro_step * world_size + rank) * s.batch_size
-        return training_batch(train_tokens, s, step, first, s.batch_size)
+        return training_batch(train_tokens, config, s.seed, step, first, s.batch_size)
 
     batches = prefetch(load, ((i, j) for i in range(step, s.max_iters) for j in range(micro_steps)))
-    interval_start, interval_step = time.perf_counter(), step
+    interval_start, interval_step, last_save = time.perf_counter(), step, time.perf_counter()
     while step < s.max_iters:
         lr = learning_rate(step, s)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
@@ -437,13 +627,13 @@ def main(s):
                     micro_loss = model(x, y)[1] / micro_steps
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+        scaler.step(optimizer)  # does nothing where the gradient is not finite
         scaler.update()
         raw_model.zero_grad()
+        bad = ~grad_norm.isfinite()  # stays on the device, so that nothing waits
+        bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad
         step += 1
 
         if step % s.log_interval == 0 or step == 1:
@@ -460,24 +650,42 @@ def main(s):
                 f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
                 f"{step_time * 1000:.1f} ms/step | {tokens_per_sec:,.0f} tok/s | "
                 f"MFU {'n/a' if math.isnan(mfu) else f'{mfu:.1%}'} | {left} left"
+                + (f" | {int(skipped)} steps skipped" if skipped else "")
             )
             log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_sec=tokens_per_sec, ms_per_step=step_time * 1000,
-                mfu=mfu)  # fmt: skip
+                mfu=mfu, skipped=int(skipped))  # fmt: skip
+            if bad_steps >= s.max_bad_steps:
+                raise UserError(f"the gradient was not finite in {int(bad_steps)} steps up to step {step}: {ADVICE}")
 
-        if step % s.eval_interval == 0 or step == s.max_iters:
-            pause = time.perf_counter()
+        pause = time.perf_counter()
+        stop = torch.tensor(signals[0][0] if signals else 0)
+        if world_size > 1:  # one rank's signal stops all of them, at the same step
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
+        evaluating = step % s.eval_interval == 0 or step == s.max_iters
+        if evaluating:
             val_loss = evaluate_now()
-            better = val_loss < best_val_loss
-            worse_evals = 0 if better else worse_evals + 1
-            if better:
-                best_val_loss = val_loss
+            worse_evals += 1
+            if val_loss < best_val_loss:
+                best_val_loss, worse_evals = val_loss, 0
                 save(best)
+        if (
+            evaluating
+            or stop
+            or (s.save_interval and step % s.save_interval == 0)
+            or (pause - last_save > 60 * s.save_minutes)
+        ):
             save(last)
-            if 0 < s.patience <= worse_evals:
-                say(f"stopping early: {worse_evals} evaluations without a better one")
-                break
-            interval_start += time.perf_counter() - pause
+            last_save = time.perf_counter()
+        if stop:
+            say(f"{signal.Signals(int(stop)).name}: stopped after step {step}; the same command goes on from there")
+            end_by_signal(int(stop))
+        if 0 < s.patience <= worse_evals:
+            say(f"stopping early: {worse_evals} evaluations without a better one")
+            break
+        interval_start += time.perf_counter() - pause
 
+    if unsaved:
+        raise UserError(f"{', '.join(map(str, unsaved))} could not be saved: see above")
     say(f"done: best validation loss {best_val_loss:.4f}; let it write with python sample.py --out_dir={s.out_dir}")
 
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import math
+import os
 import runpy
 import sys
 import traceback
@@ -64,8 +65,11 @@ def one_line_errors():
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print("error: " + (f"rank {rank}: " if rank != "0" else "") + str(error), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _run_config(path, known, flags):

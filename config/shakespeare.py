@@ -20,9 +20,7 @@ if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     n_embd = 384
     dropout = 0.2  # five thousand of these steps read the text eighty times
     learning_rate = 1e-3
-    min_lr = 1e-4
     beta2 = 0.99  # few tokens a step: a longer memory steadies them
-    warmup_iters = 100
     max_iters = 5000
 else:
     batch_size = 16 // _ranks
@@ -33,7 +31,6 @@ else:
     learning_rate = 1e-2
     min_lr = 1e-4
     beta2 = 0.99
-    warmup_iters = 100
     max_iters = 700
     compile = False  # would take longer to compile than it saves
     dtype = "float32"  # at this size bfloat16 is no faster

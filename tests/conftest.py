@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the m
 TINY = {  # settings of a model and a run that take a second
     "dataset": "tiny", "out_dir": "out", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4,
     "gradient_accumulation_steps": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 0, "log_interval": 1,
-    "warmup_iters": 2, "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False,
+    "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False,
 }  # fmt: skip
 
 
@@ -56,7 +57,10 @@ def train(workdir):
     """train(key=value, ...) runs train.py's main in this process, on the tiny dataset."""
     import train
 
-    return lambda **changes: train.main(train.Settings(**(TINY | changes)))
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield lambda **changes: train.main(train.Settings(**(TINY | changes)))
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, flags
 
+from config import UserError
 from model import GPTConfig, MiniGPT
 from train import (
     Settings,
@@ -14,7 +15,7 @@ from train import (
     learning_rate,
     load_checkpoint,
     load_windows,
-    make_optimizers,
+    make_optimizer,
     prefetch,
     save_checkpoint,
     training_batch,
@@ -51,7 +52,7 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
 
 def test_weight_decay_is_for_matrices_and_embeddings_only():
     model = MiniGPT(GPTConfig(16, 65, 2, 2, 32))
-    decay, no_decay = make_optimizers(model, Settings(weight_decay=0.3))[0].param_groups
+    decay, no_decay = make_optimizer(model, Settings(weight_decay=0.3)).param_groups
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p] for p in no_decay["params"]} == {n for n in names.values() if n.endswith("bias") or "ln_" in n}
     assert len(decay["params"]) + len(no_decay["params"]) == len(names)
@@ -63,7 +64,7 @@ def test_the_update_is_adamws():
     torch.manual_seed(0)
     model = MiniGPT(GPTConfig(16, 65, 2, 2, 32))
     s = Settings(learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.99)
-    (optimizer,) = make_optimizers(model, s)
+    optimizer = make_optimizer(model, s)
     before = [p.detach().clone() for p in model.parameters()]
     model(torch.arange(16)[None], torch.arange(16)[None])[1].backward()
     optimizer.step()
@@ -73,24 +74,28 @@ def test_the_update_is_adamws():
 
 
 def test_the_target_of_a_token_is_the_next_token():
-    x, y = load_windows(np.arange(100, dtype=np.uint16), np.array([3, 50]), 5)
+    x, y = load_windows(np.arange(100, dtype=np.uint16), np.array([3, 50]), GPTConfig(5, 100))
     assert x.tolist() == [[3, 4, 5, 6, 7], [50, 51, 52, 53, 54]]
     assert y.tolist() == [[4, 5, 6, 7, 8], [51, 52, 53, 54, 55]]
 
 
 def test_a_batch_depends_on_seed_step_and_place_only():
-    tokens, s = np.arange(60_000, dtype=np.uint16), Settings(block_size=8)
-    whole = training_batch(tokens, s, 5, 0, 12)[0]
-    parts = torch.cat([training_batch(tokens, s, 5, first, 3)[0] for first in (0, 3, 6, 9)])
-    assert torch.equal(whole, parts)
-    assert not torch.equal(whole, training_batch(tokens, s, 6, 0, 12)[0])
-    assert not torch.equal(whole, training_batch(tokens, Settings(block_size=8, seed=1), 5, 0, 12)[0])
+    tokens, config = np.arange(60_000, dtype=np.uint16), GPTConfig(8, 60_000)
+    whole = training_batch(tokens, config, 0, 5, 0, 12)[0]
+    parts = [training_batch(tokens, config, 0, 5, first, 3)[0] for first in (0, 3, 6, 9)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, training_batch(tokens, config, 0, 6, 0, 12)[0])
+    assert not torch.equal(whole, training_batch(tokens, config, 1, 5, 0, 12)[0])
 
 
 def test_batches_reach_every_token():
-    tokens, s = np.arange(12, dtype=np.uint16), Settings(block_size=8)
-    x, y = training_batch(tokens, s, 0, 0, 200)
+    x, y = training_batch(np.arange(12, dtype=np.uint16), GPTConfig(8, 12), 0, 0, 0, 200)
     assert set(x[:, 0].tolist()) == {0, 1, 2, 3} and y.max() == 11
+
+
+def test_ids_outside_the_vocabulary_are_found_before_they_reach_a_model():
+    with pytest.raises(UserError, match="token id 11, outside the vocabulary of 11"):
+        training_batch(np.arange(12, dtype=np.uint16), GPTConfig(8, 11), 0, 0, 0, 200)
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
@@ -107,13 +112,11 @@ def test_validation_loss_is_the_mean_over_non_overlapping_windows():
     model.eval()
     expected = model(ids[:-1].view(7, 16), ids[1:].view(7, 16))[1].item()
     model.train()
-    s = Settings(block_size=16, batch_size=3, eval_iters=0)
-    assert evaluate(model, tokens, s) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, tokens, batch_size=3) == pytest.approx(expected, rel=1e-5)
     assert model.training
-    s = Settings(block_size=16, batch_size=3, eval_iters=1)  # three windows, evenly spaced
-    model.eval()
+    model.eval()  # now three windows, evenly spaced
     expected = model(ids[:-1].view(7, 16)[[0, 2, 4]], ids[1:].view(7, 16)[[0, 2, 4]])[1].item()
-    assert evaluate(model, tokens, s) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, tokens, batch_size=3, eval_iters=1) == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_learns_and_writes_what_it_promises(train, capsys):
@@ -226,14 +229,19 @@ def test_an_existing_run_is_never_overwritten(train, capsys):
 
     Path("other.txt").write_text("something else " * 50)
     prepare_data.prepare("other", "other.txt")
-    assert "was trained on tiny.txt, and data/other is made from other.txt" in fails(capsys, train, dataset="other")
+    assert "was trained on tiny.txt, and data/other, from other.txt, is not that" in fails(
+        capsys, train, dataset="other"
+    )
     assert Path("out/last.pt").read_bytes() == before
 
 
 def test_mistakes_are_one_clear_line(train, capsys):
     assert "no checkpoint out/last.pt" in fails(capsys, train, init_from="resume")
     assert "python prepare_data.py openwebtext" in fails(capsys, train, dataset="openwebtext")
-    assert "divisible by n_head" in fails(capsys, train, n_head=3)
+    for changes, message in (({"n_head": 3}, "divisible by n_head"), ({"warmup_iters": 7}, "not be more than the run"),
+                             ({"min_lr": 1.0}, "not be above learning_rate")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            train(**changes)
     assert "can't be used here" in fails(capsys, train, device="cuda:99")
     assert "can't be used here" in fails(capsys, train, device="gpu")
     assert "no more than block_size" in fails(capsys, train, block_size=2000)
