@@ -378,6 +378,26 @@ def find_dataset(name):
         return find_dataset("python_docs")
 
 
+def join_ranks(backend, timeout):
+    """dist.init_process_group, also where torchrun starts the job again after a failure.
+
+    The store in which ranks find each other outlives the failure, and has the addresses of dead processes (PyTorch
+    issue 135712). So the ranks first agree on a name for this attempt, of which the old ones know nothing: all of
+    their random words, once every rank has seen the same ones.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set(f"word/{rank}", os.urandom(8).hex())
+    deadline, attempt = time.monotonic() + timeout.total_seconds(), None
+    while attempt is None or any(store.get(f"seen/{r}") != attempt for r in range(world_size)):
+        if time.monotonic() > deadline:
+            raise UserError("timed out waiting for the other ranks to start")
+        time.sleep(0.02 if attempt else 0)
+        attempt = b"".join(store.get(f"word/{r}") for r in range(world_size))
+        store.set(f"seen/{rank}", attempt.decode())
+    store = dist.PrefixStore(attempt.decode(), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
 @contextmanager
 def explained():
     """Say what to do about those of torch's errors that a user can put right."""
@@ -389,14 +409,13 @@ def explained():
             ("can't allocate memory", "a smaller model or --batch_size needs less"),
             ("deterministic implementation", "--deterministic=False does without"),
             ("imed out", "another rank has stopped or is slower than --timeout"),
-            ("onnection closed by peer", "another rank has stopped"),
+            ("by peer", "another rank has stopped"),
         ):
             if sign in str(error):
-                raise UserError(f"{str(error).splitlines()[0]} ({advice})") from error
+                raise UserError(f"{str(error).splitlines()[0][:150]} ({advice})") from error
         raise
 
 
-@record  # lets torchrun say which rank failed, and why
 @one_line_errors()
 @explained()
 def main(s):
@@ -416,7 +435,7 @@ def main(s):
         torch.use_deterministic_algorithms(True)
     if world_size > 1:
         backend = ("nccl" if device.type == "cuda" else "gloo") if s.backend == "auto" else s.backend
-        dist.init_process_group(backend, timeout=timedelta(seconds=s.timeout))
+        join_ranks(backend, timedelta(seconds=s.timeout))
         cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=s.timeout))
 
     def say(line):
@@ -690,7 +709,7 @@ def main(s):
 
 
 if __name__ == "__main__":
-    main(settings)
+    record(main)(settings)  # lets torchrun say which rank failed, and why
     if dist.is_initialized():
         dist.barrier()  # no rank leaves while another may still talk to it
         dist.destroy_process_group()
