@@ -362,7 +362,12 @@ def open_dataset(name):
                 raise ValueError(f"dtype {meta['dtype']}")
             if meta["vocab_size"] != load_tokenizer(meta).vocab_size:
                 raise ValueError("vocab_size is not the tokenizer's")
-            str(meta["source"]), 0 * (meta["train_bytes"] + meta["val_bytes"])
+            if not all(
+                type(meta[f"{split}_{what}"]) is int for split in ("train", "val") for what in ("tokens", "bytes")
+            ):
+                raise ValueError("the counts are not numbers")
+            if type(meta["source"]) is not str or meta["val_bytes"] < 1:
+                raise ValueError("no source or no bytes")
         except Exception as error:  # it may hold anything
             raise UserError(f"{folder / 'meta.json'} is damaged ({error}): prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():

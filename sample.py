@@ -139,10 +139,12 @@ def load_model(path, device="cpu"):
         with torch.device("meta"):  # takes no memory: load_state_dict checks the shapes, then puts the weights in
             model = MiniGPT(config)
         model.load_state_dict(weights, assign=True)
-        tokenizer = load_tokenizer(state["tokenizer"])
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("weights that are not finite")
+        tokenizer, _ = load_tokenizer(state["tokenizer"]), state["tokenizer"]["source"]
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"a tokenizer of {tokenizer.vocab_size} for a model of {config.vocab_size}")
-        return model.to(device).eval(), tokenizer, state
+        return model.to(device, torch.float32).eval(), tokenizer, state
 
 
 @one_line_errors()

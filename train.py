@@ -288,6 +288,8 @@ def read_checkpoint(path):
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("compressed")
+        if archive.testzip():  # torch.load does not look at the checksums
+            raise ValueError("a checksum is wrong")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not all(p.is_contiguous() for p in state["model"].values()):  # a small storage can pose as a large tensor
         raise ValueError("strided")
@@ -492,10 +494,13 @@ def main(s):
                 raise UserError(f"{last} is a model with {theirs}, not {ours}: give its sizes, or another --out_dir")
             raw_model.load_state_dict(state["model"])
             load_optimizer(optimizer, state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            scale, growth = float(state["scaler"]["scale"]), operator.index(state["scaler"]["_growth_tracker"])
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
             step, worse_evals, skipped, bad_steps = (
                 operator.index(state[k]) for k in ("step", "worse_evals", "skipped", "bad_steps")
             )
+            if not all(0 <= count < 2**62 for count in (step, worse_evals, skipped, bad_steps, 2**31 * growth)):
+                raise ValueError("a count is out of range")
             best_val_loss, seconds = float(state["best_val_loss"]), float(state["seconds"])
             changed = [
                 f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(s).items() if v != state["config"].get(k)

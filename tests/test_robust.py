@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -405,12 +406,12 @@ def survives(capsys, action):
     return True
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_inputs_end_with_one_line(train, capsys, count):
     train()
     good = {path: path.read_bytes() for path in (*Path("out").glob("*.pt"), *Path("data/tiny").iterdir())}
     meta, state = json.loads(good[Path("data/tiny/meta.json")]), torch.load("out/last.pt")
-    worked = 0
+    worked, problems = 0, []
     for number in range(count):
         rng = random.Random(number)
         for kind in ("checkpoint bytes", "checkpoint", "meta bytes", "meta", "tokens", "command line"):
@@ -430,9 +431,10 @@ def test_mutated_inputs_end_with_one_line(train, capsys, count):
                 path.write_bytes(mutate_bytes(good[path], rng))
             else:
                 arguments = mutate_command_line(rng)
+            actions = []
             if "checkpoint" in kind:
                 options = sample.Settings(checkpoint="last.pt", device="cpu", max_new_tokens=3)
-                worked += survives(capsys, lambda options=options: sample.main(options))
+                actions.append(lambda options=options: sample.main(options))
             elif kind != "command line":
                 arguments[arguments.index("--out_dir=out")] = "--out_dir=mutated"
 
@@ -440,13 +442,16 @@ def test_mutated_inputs_end_with_one_line(train, capsys, count):
             def start(arguments=arguments):
                 train_module.main(read_settings(train_module.Settings, arguments, ""))
 
-            try:
-                worked += survives(capsys, start)
-            except BaseException as error:
-                raise AssertionError(f"{kind}, seed {number}: {type(error).__name__}: {error}") from error
+            for action in (*actions, start):
+                try:
+                    worked += survives(capsys, action)
+                except BaseException as error:
+                    where = traceback.extract_tb(error.__traceback__)[-1]
+                    problems.append(f"{kind}, seed {number}: {type(error).__name__}: {error} {where}")
             for path in Path("mutated").glob("*"):
                 path.unlink()
-    assert 0 < worked < 6 * count
+    assert not problems, "\n".join(problems)
+    assert 0 < worked < 8 * count
 
 
 # ------------------------------------------------------------------------------------------------------- the soak
