@@ -202,20 +202,6 @@ def make_optimizer(model, s):
     return MuonAndAdamW(torch.optim.Muon(muon, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
-def load_optimizer(optimizer, state):
-    """Load momenta from state; the settings of this run stay. Raises ValueError for what is not this optimiser's."""
-    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, options in zip(optimizer.param_groups, ours, strict=True):
-        group.update(options)
-    for part in getattr(optimizer, "optimizers", [optimizer]):
-        for p, values in part.state.items():
-            if set(values) not in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}):
-                raise ValueError(f"an optimiser with {sorted(values)}")
-            if any(v.shape != p.shape for k, v in values.items() if k != "step"):
-                raise ValueError("momenta of another shape")
-
-
 def load_windows(tokens, starts, config):
     """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
 
@@ -322,6 +308,49 @@ def refused(path):
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit this program ({type(error).__name__}: {reason})") from error
+
+
+def check_same_run(path, state, config, tokenizer):
+    """Raise UserError if the checkpoint from path is of a model with other sizes, or was trained on other data."""
+    for theirs, ours, forgivable in (
+        (state["tokenizer"], tokenizer, ("dataset", "source")),
+        (state["model_args"], asdict(config), ("dropout",)),
+    ):
+        differing = {k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)} - set(forgivable)
+        if differing and ours is tokenizer:
+            raise UserError(
+                f"{path} was trained on {theirs['source']}, and data/{ours['dataset']}, from {ours['source']}, "
+                "is not that or has changed: give its --dataset, or another --out_dir"
+            )
+        if differing:
+            sizes = ", ".join(f"{k} {theirs.get(k)}, not {ours.get(k)}" for k in sorted(differing))
+            raise UserError(f"{path} is of another model ({sizes}): give its sizes, or another --out_dir")
+
+
+def restore(state, model, optimizer, scaler):
+    """Load a checkpoint into model, optimiser (its momenta: the settings are those of this run) and scaler.
+
+    Returns its counts: step, worse_evals, bad_steps, skipped. Raises an Exception for whatever does not fit.
+    """
+    model.load_state_dict(state["model"])
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        for p, momenta in part.state.items():
+            if set(momenta) not in ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}):
+                raise ValueError(f"an optimiser with {sorted(momenta)}")
+            if any(m.shape != p.shape for name, m in momenta.items() if name != "step"):
+                raise ValueError("momenta of another shape")
+    growth = 0
+    if scaler.is_enabled():
+        scale, growth = float(state["scaler"]["scale"]), operator.index(state["scaler"]["_growth_tracker"])
+        scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
+    counts = [operator.index(state[name]) for name in ("step", "worse_evals", "bad_steps", "skipped")]
+    if not all(0 <= count < 2**31 for count in (*counts, growth)):
+        raise ValueError("a count is out of range")
+    return counts
 
 
 def lock(path):
@@ -464,11 +493,9 @@ def main(s):
     raw_model = MiniGPT(config).to(device)
     optimizer = make_optimizer(raw_model, s)
     # Scales the loss so that small float16 gradients do not become zero (Micikevicius et al. 2018). For the other
-    # types the scale is 1, and all it does is what we want for them too: skip a step whose gradient is not finite.
-    float16 = dtype == "float16"
-    scaler = torch.amp.GradScaler(
-        device.type, 2.0**16 if float16 else 1.0, growth_interval=2000 if float16 else 2**31 - 1
-    )
+    # types the scale is 1, and what is left is wanted there too: it skips a step whose gradient is not finite.
+    scale, interval = (2.0**16, 2000) if dtype == "float16" else (1.0, 2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, scale, growth_interval=interval, enabled=device.type != "mps")
 
     # resume
     out_dir = Path(s.out_dir)
@@ -480,33 +507,13 @@ def main(s):
     if s.init_from == "resume" or last.exists():
         state = load_checkpoint(last)
         with refused(last):
-            same_data = [
-                {k: v for k, v in t.items() if k not in ("dataset", "source")} for t in (state["tokenizer"], tokenizer)
-            ]
-            if same_data[0] != same_data[1]:
-                raise UserError(
-                    f"{last} was trained on {state['tokenizer']['source']}, and data/{s.dataset}, from "
-                    f"{tokenizer['source']}, is not that or has changed: give its --dataset, or another --out_dir"
-                )
-            theirs = {k: v for k, v in state["model_args"].items() if k != "dropout" and v != getattr(config, k)}
-            if theirs:
-                ours = {k: getattr(config, k) for k in theirs}
-                raise UserError(f"{last} is a model with {theirs}, not {ours}: give its sizes, or another --out_dir")
-            raw_model.load_state_dict(state["model"])
-            load_optimizer(optimizer, state["optimizer"])
-            scale, growth = float(state["scaler"]["scale"]), operator.index(state["scaler"]["_growth_tracker"])
-            scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
-            step, worse_evals, skipped, bad_steps = (
-                operator.index(state[k]) for k in ("step", "worse_evals", "skipped", "bad_steps")
-            )
-            if not all(0 <= count < 2**62 for count in (step, worse_evals, skipped, bad_steps, 2**31 * growth)):
-                raise ValueError("a count is out of range")
+            check_same_run(last, state, config, tokenizer)
+            step, worse_evals, bad_steps, skipped = restore(state, raw_model, optimizer, scaler)
             best_val_loss, seconds = float(state["best_val_loss"]), float(state["seconds"])
-            changed = [
-                f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(s).items() if v != state["config"].get(k)
-            ]
+            old = state["config"]
+            changed = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(s).items() if v != old.get(k)]
         say(f"going on from {last} at step {step}" + (f", changed: {', '.join(changed)}" if changed else ""))
-        del state
+        del state  # as large as the model and its optimiser
 
     # report
     n_params = sum(p.numel() for p in raw_model.parameters())
