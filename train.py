@@ -312,19 +312,20 @@ def refused(path):
 
 def check_same_run(path, state, config, tokenizer):
     """Raise UserError if the checkpoint from path is of a model with other sizes, or was trained on other data."""
-    for theirs, ours, forgivable in (
-        (state["tokenizer"], tokenizer, ("dataset", "source")),
-        (state["model_args"], asdict(config), ("dropout",)),
-    ):
-        differing = {k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)} - set(forgivable)
-        if differing and ours is tokenizer:
-            raise UserError(
-                f"{path} was trained on {theirs['source']}, and data/{ours['dataset']}, from {ours['source']}, "
-                "is not that or has changed: give its --dataset, or another --out_dir"
-            )
-        if differing:
-            sizes = ", ".join(f"{k} {theirs.get(k)}, not {ours.get(k)}" for k in sorted(differing))
-            raise UserError(f"{path} is of another model ({sizes}): give its sizes, or another --out_dir")
+
+    def differing(theirs, ours, but):
+        return [k for k in sorted({**theirs, **ours}) if k not in but and theirs.get(k) != ours.get(k)]
+
+    theirs, ours = state["tokenizer"], tokenizer
+    if differing(theirs, ours, but=("dataset", "source")):
+        raise UserError(
+            f"{path} was trained on {theirs['source']}, and data/{ours['dataset']}, from {ours['source']}, is not that "
+            "or has changed: give its --dataset, or another --out_dir"
+        )
+    theirs, ours = state["model_args"], asdict(config)
+    if sizes := differing(theirs, ours, but=("dropout",)):
+        sizes = ", ".join(f"{k} {theirs.get(k)}, not {ours.get(k)}" for k in sizes)
+        raise UserError(f"{path} is of another model ({sizes}): give its sizes, or another --out_dir")
 
 
 def restore(state, model, optimizer, scaler):
