@@ -142,7 +142,8 @@ def best_dtype(device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and any(torch.cpu.get_capabilities().get(k) for k in ("amx_bf16", "avx512_bf16"))
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+        fast = device.type == "cpu" and capabilities.get("avx512_bf16", False)
     return "bfloat16" if fast else "float32"
 
 
@@ -709,7 +710,10 @@ def main(s):
             save(last)
             last_save = time.perf_counter()
         if stop:
-            say(f"{signal.Signals(int(stop)).name}: stopped after step {step}; the same command goes on from there")
+            if not unsaved:
+                say(f"{signal.Signals(int(stop)).name}: stopped after step {step}; the same command goes on from there")
+            if world_size > 1:  # torchrun kills the others when one has ended, and rank 0 may still be saving
+                dist.barrier(group=cpu_group)
             end_by_signal(int(stop))
         if 0 < s.patience <= worse_evals:
             say(f"stopping early: {worse_evals} evaluations without a better one")
