@@ -147,6 +147,14 @@ def best_dtype(device):
     return "bfloat16" if fast else "float32"
 
 
+def flops_per_token(model):
+    """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
+    forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
+    config = model.config
+    weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
 def learning_rate(step, s):
     """The learning rate of the update after `step` updates: linear warm-up, then half a cosine (Loshchilov & Hutter
     2017, equation 5) from learning_rate down to min_lr."""
@@ -519,9 +527,6 @@ def main(s):
 
     # report
     n_params = sum(p.numel() for p in raw_model.parameters())
-    # A weight is one multiply-add for a token forward and two backward; attention's two products add
-    # T C multiply-adds each, three times a layer (Chowdhery et al. 2022, appendix B).
-    flops_per_token = 6 * (n_params - raw_model.wpe.weight.numel()) + 12 * s.n_layer * s.n_embd * s.block_size
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak_flops = world_size * next((v for k, v in PEAK_FLOPS.items() if k in device_name), math.nan)
     tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
@@ -677,7 +682,7 @@ def main(s):
             step_time = (now - interval_start) / (step - interval_step)
             interval_start, interval_step = now, step
             tokens_per_sec = tokens_per_step / step_time
-            mfu = tokens_per_sec * flops_per_token / peak_flops
+            mfu = tokens_per_sec * flops_per_token(raw_model) / peak_flops
             left = timedelta(seconds=round((s.max_iters - step) * step_time))
             say(
                 f"step {step}/{s.max_iters} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "

@@ -52,7 +52,7 @@ def test_prepare_train_and_sample(run, trained):
     assert "no checkpoint nowhere" in fails(run("sample.py", "--out_dir=nowhere"))
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", "bench.py"])
 def test_help_is_instant(run, script):
     done = run(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0 and "Settings:" in done.stdout
@@ -91,3 +91,12 @@ def test_without_a_compiler_training_goes_on_eagerly(run):
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("not compiling")]
     assert "step 6/6" in done.stdout
+
+
+def test_the_benchmark_prints_its_table(run):
+    done = run("bench.py", "--work=train:char", "--rounds=1", "--steps=2", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    row = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")]
+    assert row[1:3] == ["train:char", "MiniGPT"] and float(row[3].replace(",", "")) > 0
+    assert "GFLOP/s in a" in done.stdout and "GB/s of reading" in done.stdout
+    assert "there is train:char" in fails(run("bench.py", "--work=train:moon"))
