@@ -9,11 +9,13 @@ as their documentation says: nanoGPT in float32 and uncompiled on a CPU, in bflo
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from config import UserError, one_line_errors, read_settings, setting
 
@@ -139,7 +141,7 @@ def decoding(s, program, config, rows, tokens, device):
 
 
 def measure(s, name, program):
-    """One measurement, as a dictionary: seconds for `tokens` tokens, peak bytes of memory."""
+    """One measurement, as a dictionary: seconds for `tokens` tokens, peak bytes of memory (None if unknown)."""
     *sizes, rows, tokens = WORK[name]
     config = GPTConfig(*sizes, dropout=0.0, bias=False)
     device = pick_device(s.device)
@@ -156,10 +158,10 @@ def measure(s, name, program):
         tokens = rows * config.block_size
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
+    elif Path("/proc/self/status").exists():  # getrusage would also count the process that started this one
+        peak = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     else:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = None
     return {"seconds": seconds, "tokens": tokens, "peak": peak}
 
 
@@ -218,10 +220,11 @@ def main(s):
             weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
             read = speed[program] / rows * weights * torch.empty(0, dtype=getattr(torch, s.decode_dtype)).itemsize
             share = f"{read / bandwidth:.0%} of reading" if tokens else f"{flops / peak_flops:.0%} of the products"
-            peak = max(r["peak"] for r in results[program])
+            peak = max(r["peak"] or 0 for r in results[program])
+            memory = f"{peak / 2**20:,.0f} MiB" if peak else "not measured"
             ratios = [a["seconds"] for a in results["MiniGPT"]], [b["seconds"] for b in results[program]]
             ratio = statistics.median(b / a for a, b in zip(*ratios, strict=True))
-            figures = f"{speed[program]:,.1f} | {flops / 1e9:,.1f} | {share} | {peak / 2**20:,.0f} MiB"
+            figures = f"{speed[program]:,.1f} | {flops / 1e9:,.1f} | {share} | {memory}"
             faster = "" if program == "MiniGPT" else f"{ratio:.2f} x as fast"
             print(f"| {name} | {program} | {figures} | {faster} |", flush=True)
             pictured.append((name, program, speed[program]))

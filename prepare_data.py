@@ -26,7 +26,7 @@ import numpy as np
 from config import UserError, one_line_errors, read_settings, setting
 
 DATA = Path("data")
-CHUNK_BYTES = 1 << 22  # what is read and encoded at a time: memory stays a small multiple of it
+CHUNK_BYTES = 1 << 20  # what is read and encoded at a time: memory stays a small multiple of it
 
 
 @dataclass
@@ -152,13 +152,14 @@ def load_tokenizer(meta):
 
 def shakespeare():
     """Tiny Shakespeare (Karpathy 2015), downloaded and checked."""
+    import http.client
     import urllib.request
 
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     try:
         with urllib.request.urlopen(url, timeout=20) as response:
             text = response.read(2_000_000)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"tiny Shakespeare can't be downloaded ({error}); with a copy of it run "
             "python prepare_data.py shakespeare --input FILE, or use python_docs, which needs no network"
@@ -181,11 +182,12 @@ BUILT_IN = {"shakespeare": shakespeare, "python_docs": python_docs}
 
 
 def files(path):
-    """A document for the file path, or for each file in the folder path, in the order of their names."""
+    """A document for the file path, or for each file in the folder path that is not hidden, in the order of names."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no file or folder {path}")
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     return [(str(p), lambda p=p: p.open("rb"), p.stat().st_size) for p in paths]
 
 

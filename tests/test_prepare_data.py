@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 import time
 import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TEXT
+from conftest import ROOT, TEXT
 
 import prepare_data
 from config import UserError
@@ -102,7 +105,8 @@ def test_a_folder_is_its_files_in_order_with_end_of_text_between(workdir, gpt2_v
         path = Path("corpus", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    Path("corpus/.hidden").write_bytes(b"\xff")
+    Path("corpus/.git").mkdir()
+    Path("corpus/.git/hidden").write_bytes(b"\xff")
     meta = prepare("corpus", "corpus", "gpt2")
     train, val, _ = open_dataset("corpus")
     text = gpt2_vocabulary.decode(np.concatenate([train, val]).tolist())
@@ -189,6 +193,20 @@ def test_training_falls_back_to_python_docs_and_says_so(train, no_network, capsy
     state = torch.load("out/last.pt")
     assert state["config"]["dataset"] == state["tokenizer"]["dataset"] == "python_docs"
     assert "pydoc_data" in state["tokenizer"]["source"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_memory_is_bounded_by_a_chunk_not_by_the_text(workdir):
+    with open("large.txt", "w", encoding="utf-8") as file:
+        for _ in range(1000):
+            file.write(TEXT * 12)  # 41 MB
+    code = """if True:
+        import re, prepare_data
+        prepare_data.prepare("large", "large.txt", "char")
+        print(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150_000  # KiB; the text, its characters and its tokens are 330,000
 
 
 @pytest.mark.parametrize("damage", ["meta", "short", "odd", "missing"])
