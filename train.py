@@ -264,17 +264,21 @@ def evaluate(model, tokens, batch_size, eval_iters=0, rank=0, world_size=1):
     return total.item() / n
 
 
-def save_checkpoint(path, state):
-    """Write state to path so that at every moment path is a whole checkpoint, the old one or the new one."""
+def write_whole(path, write):
+    """Write path by write(file), so that at every moment path is a whole file, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def read_checkpoint(path):
@@ -387,17 +391,14 @@ def lock(path):
 def cut_metrics(path, step):
     """Drop the lines of path that came after step, and a torn last one: the run will write them again."""
     kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            try:
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, TypeError, KeyError):
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-            kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line)
+    write_whole(path, lambda file: file.write(b"".join(kept)))
 
 
 def find_dataset(name):
