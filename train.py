@@ -631,7 +631,9 @@ def main(s):
 
     def on_signal(number, frame):
         signals.append((number, time.monotonic()))
-        if signals[-1][1] - signals[0][1] > 1:  # a second Ctrl-C; torchrun repeats the first one at once
+        if world_size == 1:
+            signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        elif signals[-1][1] - signals[0][1] > 1:  # there torchrun echoes the first one
             end_by_signal(number)
 
     def end_by_signal(number):
