@@ -53,7 +53,7 @@ import torch
 from model import GPTConfig, MiniGPT
 from sample import generate
 from train import Settings as TrainSettings
-from train import best_dtype, flops_per_token, make_optimizer, pick_device
+from train import best_dtype, choose_attention, flops_per_token, make_optimizer, pick_device
 
 
 def synchronize(device):
@@ -106,6 +106,7 @@ def training_step(s, program, config, rows, device):
         model = MiniGPT(config).to(device)
         optimizer = make_optimizer(model, TrainSettings())
         dtype, compiled = best_dtype(device) if s.dtype == "auto" else s.dtype, s.compile or cuda
+        choose_attention(device, dtype, config.block_size)
     run = torch.compile(model) if compiled else model
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
