@@ -141,7 +141,9 @@ def load_model(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("weights that are not finite")
-        tokenizer, _ = load_tokenizer(state["tokenizer"]), state["tokenizer"]["source"]
+        tokenizer = load_tokenizer(state["tokenizer"])
+        if "source" not in state["tokenizer"]:
+            raise KeyError("source")
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(f"a tokenizer of {tokenizer.vocab_size} for a model of {config.vocab_size}")
         return model.to(device, torch.float32).eval(), tokenizer, state

@@ -285,6 +285,7 @@ def write_whole(path, write):
 
 
 def save_checkpoint(path, state):
+    """Write state, a dictionary of plain values and tensors, to path. Raises OSError or RuntimeError if it can't."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
@@ -299,7 +300,8 @@ def read_checkpoint(path):
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not all(p.is_contiguous() for p in state["model"].values()):  # a small storage can pose as a large tensor
         raise ValueError("strided")
-    state["model_args"], state["tokenizer"], state["step"] + 1
+    if missing := {"model_args", "tokenizer", "step"} - state.keys():
+        raise KeyError(*missing)
     return state
 
 
