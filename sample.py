@@ -42,9 +42,10 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 
 import torch
 
+from checkpoint import load_checkpoint, refused
 from model import GPTConfig, KVCache, MiniGPT
 from prepare_data import load_tokenizer
-from train import best_dtype, load_checkpoint, pick_device, refused
+from train import best_dtype, pick_device
 
 
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):

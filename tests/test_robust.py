@@ -20,6 +20,7 @@ from test_train import fails, losses, metrics, same
 
 import sample
 import train as train_module
+from checkpoint import read_checkpoint
 from config import read_settings
 from model import MiniGPT
 
@@ -475,7 +476,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(start, run, ranks):
         time.sleep(rng.uniform(0, 0.5))
         kill_all(process)
         in_a_save += Path("out/last.pt.tmp").exists()
-        train_module.read_checkpoint(Path("out/last.pt"))  # whole
+        read_checkpoint(Path("out/last.pt"))  # whole
     assert in_a_save >= 3
     assert run("train.py", *flags(**steps), ranks=ranks).returncode == 0
     for name in ("last.pt", "best.pt"):

@@ -7,17 +7,16 @@ import pytest
 import torch
 from conftest import flags
 
+from checkpoint import load_checkpoint, save_checkpoint
 from config import UserError
 from model import GPTConfig, MiniGPT
 from train import (
     Settings,
     evaluate,
     learning_rate,
-    load_checkpoint,
     load_windows,
     make_optimizer,
     prefetch,
-    save_checkpoint,
     training_batch,
 )
 
