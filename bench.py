@@ -51,7 +51,7 @@ if __name__ == "__main__":
 import torch
 
 from model import GPTConfig, MiniGPT
-from sample import generate
+from sample import generate, pack
 from train import Settings as TrainSettings
 from train import best_dtype, choose_attention, flops_per_token, make_optimizer, pick_device
 
@@ -138,6 +138,8 @@ def decoding(s, program, config, rows, tokens, device):
         options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
         return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), **options)
     model = MiniGPT(config).to(device, dtype).eval()
+    if device.type == "cpu":
+        pack(model, rows)
     return lambda: generate(model, idx, tokens, temperature=0)
 
 

@@ -37,15 +37,15 @@ class GPTConfig:
 class KVCache:
     """The keys and values of every token read so far, so that no token is read twice.
 
-    `keys` and `values` are (n_layer, B, H, block_size, D), allocated once and written in place; their first
-    `length` positions are filled. Set `length = 0` to start over.
+    `keys` and `values` are (n_layer, B, H, size, D), allocated once and written in place; their first `length`
+    positions are filled. size is block_size, or less where less will do. Set `length = 0` to start over.
     """
 
-    def __init__(self, config, batch_size, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.config = config
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, config, batch_size, device=None, dtype=None, size=None):
+        self.config, self.size = config, size or config.block_size
+        shape = (config.n_layer, batch_size, config.n_head, self.size, config.n_embd // config.n_head)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     def append(self, layer, k, v):
@@ -57,7 +57,7 @@ class KVCache:
 
     def expand(self, batch_size):
         """A cache for batch_size rows that have all read what this one row has."""
-        cache = KVCache(self.config, batch_size, self.keys.device, self.keys.dtype)
+        cache = KVCache(self.config, batch_size, self.keys.device, self.keys.dtype, self.size)
         for mine, new in ((self.keys, cache.keys), (self.values, cache.values)):
             new[:, :, :, : self.length] = mine[:, :, :, : self.length]
         cache.length = self.length
@@ -172,7 +172,7 @@ class MiniGPT(nn.Module):
         config = self.config
         past = cache.length if cache is not None else 0
         end = past + idx.size(1)
-        if end > config.block_size:
+        if end > (cache.size if cache is not None else config.block_size):
             raise ValueError(f"a sequence of {end} tokens is longer than block_size ({config.block_size})")
         # Only where looking is free: on a GPU it would wait for the device, under torch.compile break the graph.
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -187,11 +187,14 @@ class MiniGPT(nn.Module):
         if cache is not None:
             cache.length = end
         x = self.ln_f(x)
-        logits = F.linear(x, self.wte.weight)[..., : config.vocab_size]  # (B, T, vocab_size)
+        logits = self.head(x)[..., : config.vocab_size]  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         # in float32 also under autocast: bfloat16 would leave the loss two or three digits
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def head(self, x):
+        return F.linear(x, self.wte.weight)
 
     def _check_ids(self, kind, ids):
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import sample
-from model import GPTConfig, MiniGPT
-from sample import generate, next_token_probs
+from model import GPTConfig, KVCache, MiniGPT
+from sample import generate, next_token_probs, pack
 
 
 def model(**changes):
@@ -140,3 +140,19 @@ def test_text_is_streamed_without_broken_characters(train, capsysbinary, monkeyp
     sample.main(sample.Settings(prompt="☃", max_new_tokens=30, temperature=0.0, device="cpu"))
     assert "".join(written[1:]).startswith("☃" * 11)
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_model_gives_the_logits_of_the_plain_one(dtype, rows, bias):
+    torch.manual_seed(0)
+    small = model(n_embd=36, bias=bias).to(dtype)
+    idx = torch.randint(65, (rows, 16))
+    with torch.inference_mode():
+        expected = small(idx)[0]
+        pack(small, rows)
+        cache = KVCache(small.config, rows, dtype=dtype)
+        parts = [small(part, cache=cache)[0] for part in idx.split([5, *[1] * 11], dim=1)]
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2  # logits of about 1, of three digits at most
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=tolerance, rtol=tolerance)
