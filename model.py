@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 1 << 24  # 64 MB
 
 
 @dataclass
@@ -166,7 +169,7 @@ class MiniGPT(nn.Module):
 
         idx: (B, T) token ids. targets: (B, T), the id that follows each, or -100 where it does not count.
         cache: a KVCache whose tokens come before idx; it takes idx in.
-        Returns logits (B, T, vocab_size), and the mean cross-entropy in nats over targets (None without them).
+        Returns (logits (B, T, vocab_size), None); with targets (None, their mean cross-entropy in nats).
         Raises ValueError for more than block_size tokens, and on the CPU for ids outside the vocabulary.
         """
         config = self.config
@@ -187,14 +190,32 @@ class MiniGPT(nn.Module):
         if cache is not None:
             cache.length = end
         x = self.ln_f(x)
-        logits = self.head(x)[..., : config.vocab_size]  # (B, T, vocab_size)
         if targets is None:
-            return logits, None
-        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+            return self.head(x), None
+        return None, self.mean_loss(x.flatten(0, 1), targets.flatten())
 
     def head(self, x):
-        return F.linear(x, self.wte.weight)
+        """The logits: (..., C) -> (..., vocab_size)."""
+        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+
+    def mean_loss(self, x, targets):
+        """Mean cross-entropy in nats of what follows x (N, C), where targets (N,) is not -100.
+
+        N vocab_size logits and their gradient would be the largest tensors of all. So they are made a part at a time,
+        and made again for the backward pass.
+        """
+
+        def sum_of_losses(x, targets):
+            # in float32 also under autocast: bfloat16 would leave the loss two or three digits
+            return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
+
+        n = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(x) <= n:
+            total = sum_of_losses(x, targets)
+        else:
+            parts = zip(x.split(n), targets.split(n), strict=True)
+            total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False) for part in parts)
+        return total / (targets != -100).sum()
 
     def _check_ids(self, kind, ids):
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

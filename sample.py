@@ -165,7 +165,8 @@ def pack(model, rows):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.forward = packed_linear(module.weight, module.bias, rows)
-    model.head = packed_linear(model.wte.weight, None, rows)
+    head, vocab_size = packed_linear(model.wte.weight, None, rows), model.config.vocab_size
+    model.head = lambda x: head(x)[..., :vocab_size]
     return model
 
 

@@ -113,7 +113,7 @@ def test_the_padding_of_the_vocabulary_is_never_seen():
     model = small()
     idx = random_ids(model)
     assert model.wte.weight.shape == (128, 32)
-    logits, loss = model(idx, idx)
+    logits, loss = model(idx)[0], model(idx, idx)[1]
     assert logits.shape == (2, 16, 65)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), idx.flatten()))
     loss.backward()
@@ -125,9 +125,21 @@ def test_targets_of_minus_100_are_ignored():
     model = small()
     idx, targets = random_ids(model), random_ids(model)
     targets[:, ::2] = -100
-    logits, loss = model(idx, targets)
+    logits, loss = model(idx)[0], model(idx, targets)[1]
     log_probs = logits.log_softmax(-1)[:, 1::2].gather(-1, targets[:, 1::2, None])
     torch.testing.assert_close(loss, -log_probs.mean())
+
+
+def test_the_loss_made_in_parts_has_the_same_value_and_gradients(monkeypatch):
+    model = small().train()
+    idx, targets = random_ids(model), random_ids(model)
+    targets[:, ::3] = -100
+    expected = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+    gradients = torch.autograd.grad(expected, model.parameters())
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 5 * 65)  # five tokens a part
+    loss = model(idx, targets)[1]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.parameters()), gradients)
 
 
 def test_the_output_head_is_the_token_embedding():
