@@ -47,16 +47,26 @@ class KVCache:
     def __init__(self, config, batch_size, device=None, dtype=None, size=None):
         self.config, self.size = config, size or config.block_size
         shape = (config.n_layer, batch_size, config.n_head, self.size, config.n_embd // config.n_head)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
+    def advance(self, T):
+        """Make room for T more tokens. Returns their positions, (T,)."""
+        start, self.length = self.length, self.length + T
+        return torch.arange(start, self.length, device=self.keys.device)
+
     def append(self, layer, k, v):
-        """Store a layer's k and v, each (B, H, T, D), and return all of its keys and values, (B, H, length + T, D)."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Store the k and v of a layer, each (B, H, T, D), where `advance` made room.
+
+        Returns all keys and values of the layer, (B, H, S, D), and the mask for T queries, (T, S), True where a query
+        may look; None where it is the plain triangle, or a single query that may see everything.
+        """
+        T, S = k.size(2), self.length
+        self.keys[layer, :, :, S - T : S] = k
+        self.values[layer, :, :, S - T : S] = v
+        mask = torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T) if 1 < T < S else None
+        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S], mask
 
     def expand(self, batch_size):
         """A cache for batch_size rows that have all read what this one row has."""
@@ -90,14 +100,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        mask = None
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H, S, D): the past and these T tokens
-        S = k.size(2)
-        mask = None  # without a past the mask is the plain triangle, and a single token may see everything
-        if 1 < T < S:
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            k, v, mask = cache.append(layer, k, v)  # (B, H, S, D): the past and these T tokens
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=S == T)
+        is_causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -172,23 +180,20 @@ class MiniGPT(nn.Module):
         Returns (logits (B, T, vocab_size), None); with targets (None, their mean cross-entropy in nats).
         Raises ValueError for more than block_size tokens, and on the CPU for ids outside the vocabulary.
         """
-        config = self.config
-        past = cache.length if cache is not None else 0
-        end = past + idx.size(1)
-        if end > (cache.size if cache is not None else config.block_size):
-            raise ValueError(f"a sequence of {end} tokens is longer than block_size ({config.block_size})")
+        T = idx.size(1)
+        length = T if cache is None else cache.length + T
+        if length > (self.config.block_size if cache is None else cache.size):
+            raise ValueError(f"a sequence of {length} tokens is longer than block_size ({self.config.block_size})")
         # Only where looking is free: on a GPU it would wait for the device, under torch.compile break the graph.
         if idx.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids("token", idx)
             if targets is not None:
                 self._check_ids("target", targets[targets != -100])
 
-        x = self.wte(idx) + self.wpe.weight[past:end]  # (B, T, C)
-        x = self.drop(x)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.advance(T)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
-        if cache is not None:
-            cache.length = end
         x = self.ln_f(x)
         if targets is None:
             return self.head(x), None
