@@ -51,7 +51,7 @@ if __name__ == "__main__":
 import torch
 
 from model import GPTConfig, MiniGPT
-from sample import generate, pack
+from sample import compile_step, generate, pack
 from train import Settings as TrainSettings
 from train import best_dtype, choose_attention, flops_per_token, make_optimizer, pick_device
 
@@ -140,6 +140,8 @@ def decoding(s, program, config, rows, tokens, device):
     model = MiniGPT(config).to(device, dtype).eval()
     if device.type == "cpu":
         pack(model, rows)
+    if device.type == "cuda":
+        compile_step(model)
     return lambda: generate(model, idx, tokens, temperature=0)
 
 

@@ -36,6 +36,7 @@ class Settings:
         "auto", "of the weights: auto is bfloat16 on GPUs that have it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
+    compile: bool = setting(False, "torch.compile the reading of a token: for long texts on GPUs, slow to start")
 
 
 if __name__ == "__main__":  # before torch is loaded, which takes seconds: --help and mistakes are answered at once
@@ -80,6 +81,24 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     return logits.softmax(-1)
 
 
+class StaticKVCache(KVCache):
+    """The same keys and values for one token at a time, in shapes that never change: what torch.compile can turn into
+    one CUDA graph. A token looks at the whole buffer, and a mask hides what is not filled yet."""
+
+    def __init__(self, cache):
+        self.keys, self.values, self.size, self.length = cache.keys, cache.values, cache.size, 0
+        self.position = torch.zeros(1, dtype=torch.long, device=cache.keys.device)  # of the token to read
+
+    def advance(self, T):
+        return self.position
+
+    def append(self, layer, k, v):
+        self.keys[layer].index_copy_(2, self.position, k)
+        self.values[layer].index_copy_(2, self.position, v)
+        mask = torch.arange(self.size, device=k.device) <= self.position
+        return self.keys[layer], self.values[layer], mask[None]
+
+
 @torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
            eos_token=None, generator=None):  # fmt: skip
@@ -94,12 +113,19 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
     n_read = 1 if B > 1 and (idx == idx[0]).all() else B  # a prompt that all rows share is read once
     cache = KVCache(model.config, n_read, idx.device, model.wte.weight.dtype, min(block_size, T + max_new_tokens))
+    compiled, static = vars(model).get("compiled"), None  # see compile_step
     unread = idx[:n_read, -block_size:]
     for end in range(T, T + max_new_tokens):
         if cache.length + unread.size(1) > block_size:  # full: go on from the last half of the context
             cache.length = 0
             unread = text[:, max(0, end - max(1, block_size // 2)) : end]
-        logits = model(unread, cache=cache)[0][:, -1]  # (B, vocab_size)
+        if compiled and n_read == B and unread.size(1) == 1:
+            static = static or StaticKVCache(cache)
+            static.position.fill_(cache.length)
+            cache.length += 1
+            logits = compiled(unread, cache=static)[0][:, -1]
+        else:
+            logits = model(unread, cache=cache)[0][:, -1]  # (B, vocab_size)
         if n_read < B:
             n_read = B
             logits, cache = logits.expand(B, -1), cache.expand(B)
@@ -117,7 +143,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         text[:, end] = token
         if repetition_penalty != 1.0:
             seen.scatter_(1, token[:, None], True)
-        unread = text[:, end : end + 1]
+        unread = token[:, None]
         yield token
         if eos_token is not None and done.all():
             return
@@ -170,6 +196,12 @@ def pack(model, rows):
     return model
 
 
+def compile_step(model, **options):
+    """Compile how a model reads one more token, by default to a CUDA graph where there is CUDA."""
+    model.compiled = torch.compile(model.forward, fullgraph=True, **(options or {"mode": "reduce-overhead"}))
+    return model
+
+
 def load_model(path, device="cpu"):
     """Return (model in eval mode, tokenizer, checkpoint) of the checkpoint at path."""
     path = Path(path)
@@ -203,6 +235,8 @@ def main(s):
     model = model.to(getattr(torch, dtype))
     if device.type == "cpu":
         pack(model, s.num_samples)
+    if s.compile:
+        compile_step(model)
 
     prompt = s.prompt
     if s.prompt_file:

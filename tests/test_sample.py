@@ -3,7 +3,7 @@ import torch
 
 import sample
 from model import GPTConfig, KVCache, MiniGPT
-from sample import generate, next_token_probs, pack
+from sample import compile_step, generate, next_token_probs, pack
 
 
 def model(**changes):
@@ -156,3 +156,18 @@ def test_a_packed_model_gives_the_logits_of_the_plain_one(dtype, rows, bias):
         parts = [small(part, cache=cache)[0] for part in idx.split([5, *[1] * 11], dim=1)]
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2  # logits of about 1, of three digits at most
     torch.testing.assert_close(torch.cat(parts, 1), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_step_is_compiled_once_and_writes_the_same(packed):
+    from torch._dynamo.testing import CompileCounter
+
+    small, counter = model(), CompileCounter()
+    idx = torch.randint(65, (1, 5)).expand(2, -1)
+    expected = generate(small, idx, 30, temperature=0)  # past block_size
+    if packed:
+        pack(small, 2)
+    compile_step(small, backend=counter)
+    assert torch.equal(generate(small, idx, 30, temperature=0), expected)
+    assert torch.equal(generate(small, idx, 11, temperature=0), expected[:, :16])
+    assert counter.frame_count == 1
