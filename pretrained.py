@@ -11,6 +11,7 @@ import base64
 import json
 import math
 import re
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -254,6 +255,7 @@ def save_pretrained(model, folder, tokenizer=None):
         "bos_token_id": eos_token,
         "eos_token_id": eos_token,
     })  # fmt: skip
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes for its owner only
 
 
 def write_json(path, value):

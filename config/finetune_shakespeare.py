@@ -17,7 +17,6 @@ dropout = 0.1
 # The weights are good already: small steps, of one size, and best.pt is the model from before it learns by heart
 learning_rate = 3e-5
 decay_lr = False
-weight_decay = 0.1
 max_iters = 100
 eval_interval = 5
 eval_iters = 0  # the whole validation split

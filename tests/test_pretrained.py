@@ -237,6 +237,7 @@ def test_transformers_loads_what_was_saved_without_a_warning(tmp_path, warnings,
     model.save_pretrained(tmp_path)
     reference, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and not warnings
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     assert_same_logits(model, reference)
     again = load_pretrained(tmp_path)
     idx = torch.arange(16)[None]
