@@ -433,7 +433,12 @@ def main(s):
             s.init_from = old["init_from"]  # what the run began with stays known
             changed = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(s).items() if v != old.get(k)]
         say(f"going on from {last} at step {step}" + (f", changed: {', '.join(changed)}" if changed else ""))
-        del state  # as large as the model and its optimiser
+    del state  # as large as the model and its optimiser
+    if world_size > 1:
+        steps = [None] * world_size
+        dist.all_gather_object(steps, step, group=cpu_group)
+        if len(set(steps)) > 1:
+            raise UserError(f"not all ranks found the same {last}: out_dir must be where all machines see it")
 
     # report
     n_params = sum(p.numel() for p in raw_model.parameters())
