@@ -221,6 +221,9 @@ def save_pretrained(model, folder, tokenizer=None):
         if name.endswith("weight") and not config.bias and not name.startswith(("wte", "wpe")):
             weights[f"transformer.{name.removesuffix('weight')}bias"] = p.new_zeros(len(p))  # GPT-2 always has them
 
+    eos_token = tokenizer.eos_token if tokenizer else None
+    fast = to_fast(tokenizer) if tokenizer else None
+
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -229,14 +232,12 @@ def save_pretrained(model, folder, tokenizer=None):
     except Exception as error:  # of safetensors' own kind, also for a full disk
         (folder / "model.safetensors").unlink(missing_ok=True)
         raise UserError(f"can't write {folder / 'model.safetensors'}: {error}") from error
-    eos_token = tokenizer.eos_token if tokenizer else None
-    if tokenizer:
-        write_json(folder / "tokenizer.json", to_fast(tokenizer))
-        special = {} if eos_token is None else {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-        options = {"model_max_length": config.block_size, "clean_up_tokenization_spaces": False}
-        write_json(
-            folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **options, **special}
-        )
+    if fast:
+        write_json(folder / "tokenizer.json", fast)
+        options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
+        if eos_token is not None:
+            options |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        write_json(folder / "tokenizer_config.json", options | {"clean_up_tokenization_spaces": False})
     write_json(folder / "config.json", {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -280,7 +281,7 @@ def to_chars(token):
 def merges(ranks):
     """The pairs that make the tokens, in the order of ranks. tiktoken merges any two parts that are a token together,
     a tokenizer.json names one pair a token: the two that are left when its bytes are merged by the ranks below its own.
-    Raises ValueError where the ranks are not those of a byte-pair encoding."""
+    Raises UserError where the ranks are not those of a byte-pair encoding."""
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
@@ -288,7 +289,9 @@ def merges(ranks):
             below = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
             i = below.index(min(below))
             if below[i] >= rank:
-                raise ValueError(f"the token {token} is not a pair of earlier ones")
+                raise UserError(
+                    f"this tokenizer has no tokenizer.json: its token {token} is not a pair of earlier ones"
+                )
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             pairs.append((to_chars(parts[0]), to_chars(parts[1])))

@@ -310,8 +310,8 @@ def check_same_tokens(name, vocab_size, dataset):
         same = all(ours.decode_bytes([i]) == theirs.decode_bytes([i]) for i in range(vocab_size))
     if not same:
         raise UserError(
-            f"{name} has other tokens, {vocab_size:,} of them, than data/{dataset['dataset']}, which has "
-            f"{dataset['vocab_size']:,}: prepare the text with --tokenizer={'gpt2' if vocab_size == 50257 else name}"
+            f"the {vocab_size:,} tokens of {name} are not the {dataset['vocab_size']:,} of data/{dataset['dataset']}: "
+            f"prepare the text with --tokenizer={'gpt2' if vocab_size == 50257 else name}"
         )
 
 

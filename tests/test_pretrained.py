@@ -412,7 +412,11 @@ def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(train, run_to_f
         Path("other.txt").write_text(text)
         prepare_data.prepare("other", "other.txt")
         message = fails(capsys, train, dataset="other", **new)
-        assert "other tokens, 23 of them, than data/other" in message and "--tokenizer=out/pretrained" in message
+        assert (
+            "23 tokens of out/pretrained are not the" in message
+            and "of data/other" in message
+            and "--tokenizer=out/pretrained" in message
+        )
     theirs("theirs", vocab_size=23)
     with pytest.raises(SystemExit):
         sample.main(sample.Settings(init_from="theirs"))
