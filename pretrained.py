@@ -62,7 +62,7 @@ def missing(package):
 # In.
 
 
-def find(name_or_path):
+def find(name_or_path: str | Path) -> Path:
     """The folder for one of the names in HUB, downloaded if it is not in the hub's cache, or for a path."""
     folder = Path(name_or_path)
     if name_or_path not in HUB or folder.is_dir():
@@ -85,7 +85,7 @@ def find(name_or_path):
         ) from error
 
 
-def read_config(folder, block_size, dropout):
+def read_config(folder: Path, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPTConfig, int]:
     """(GPTConfig, number of positions) of folder's config.json. Raises UserError for what is not GPT-2."""
     path = folder / "config.json"
     with refused(path):
@@ -142,7 +142,7 @@ def open_weights(folder):
     return weights
 
 
-def load_pretrained(name_or_path, block_size=None, dropout=0.0):
+def load_pretrained(name_or_path: str | Path, block_size: int | None = None, dropout: float = 0.0) -> MiniGPT:
     """A MiniGPT in eval mode, in float32 on the CPU, from "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" or from a
     folder in that layout. A block_size that is shorter than the model's crops its positions.
 
@@ -185,10 +185,10 @@ def read_tensor(weights, name):
     return tensor.t() if name.endswith(TRANSPOSED) else tensor
 
 
-def load_pretrained_tokenizer(name_or_path):
+def load_pretrained_tokenizer(name_or_path: str | Path) -> ByteTokenizer | None:
     """The tokenizer of a name or folder as in load_pretrained; None if it has none that this program can be sure of."""
     folder = find(name_or_path)
-    config, _ = read_config(folder, None, 0.0)
+    config, _ = read_config(folder)
     tokenizer = None
     if (folder / "tokenizer.json").exists():
         with suppress(KeyError, TypeError, AttributeError, IndexError, ValueError):  # it may hold anything
@@ -202,7 +202,7 @@ def load_pretrained_tokenizer(name_or_path):
 # Out.
 
 
-def save_pretrained(model, folder, tokenizer=None):
+def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer | None = None) -> None:
     """Write model, and its tokenizer if it has one, to folder, where transformers.GPT2LMHeadModel and AutoTokenizer
     find them. config.json comes last: without it a folder that was not written to its end does not look whole."""
     try:
@@ -278,7 +278,7 @@ def to_chars(token):
     return "".join(TO_CHAR[b] for b in token)
 
 
-def merges(ranks):
+def merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
     """The pairs that make the tokens, in the order of ranks. tiktoken merges any two parts that are a token together,
     a tokenizer.json names one pair a token: the two that are left when its bytes are merged by the ranks below its own.
     Raises UserError where the ranks are not those of a byte-pair encoding."""
@@ -298,7 +298,7 @@ def merges(ranks):
     return pairs
 
 
-def to_fast(tokenizer):
+def to_fast(tokenizer: ByteTokenizer) -> dict:
     """A tokenizer as the contents of tokenizer.json."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     special, pairs, splits, decoder = {}, [], byte_level, byte_level
@@ -334,7 +334,7 @@ def to_fast(tokenizer):
     }  # fmt: skip
 
 
-def from_fast(fast):
+def from_fast(fast: dict) -> ByteTokenizer:
     """The tokenizer that the contents of a tokenizer.json describe. Raises an Exception for other kinds than to_fast's
     and GPT-2's own."""
     vocab, splits = fast["model"]["vocab"], fast["pre_tokenizer"]
