@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from config import UserError
+from model import GPTConfig
 
 
 def write_whole(path, write):
@@ -71,6 +72,14 @@ def refused(path):
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit this program ({type(error).__name__}: {reason})") from error
+
+
+def model_config(state):
+    """The GPTConfig of a checkpoint. Raises an Exception for what can't be one."""
+    config = GPTConfig(**state["model_args"])
+    if config.n_layer > len(state["model"]):  # before it is built, layer by layer
+        raise ValueError(f"{config.n_layer} layers")
+    return config
 
 
 def check_same_run(path, state, config, tokenizer):

@@ -222,6 +222,19 @@ class MiniGPT(nn.Module):
             total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False) for part in parts)
         return total / (targets != -100).sum()
 
+    @classmethod
+    def from_pretrained(cls, name_or_path, block_size=None, dropout=0.0):
+        """GPT-2's weights, "gpt2" to "gpt2-xl", or those of a folder in their layout: see pretrained.py."""
+        from pretrained import load_pretrained
+
+        return load_pretrained(name_or_path, block_size, dropout)
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a folder that transformers loads: see pretrained.py."""
+        from pretrained import save_pretrained
+
+        save_pretrained(self, folder, tokenizer)
+
     def _check_ids(self, kind, ids):
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
             bad = ids.min() if ids.min() < 0 else ids.max()

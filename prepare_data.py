@@ -33,7 +33,9 @@ CHUNK_BYTES = 1 << 20  # what is read and encoded at a time: memory stays a smal
 class Settings:
     name: str = setting("", "the dataset's name: data/NAME is written")
     input: str = setting("", "a UTF-8 text file or a folder of them (default: a built-in dataset called NAME)")
-    tokenizer: str = setting("char", "char, byte, gpt2 or any other tiktoken encoding")
+    tokenizer: str = setting(
+        "char", "char, byte, gpt2, any other tiktoken encoding, or the folder of a model to fine-tune"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,6 +125,12 @@ def load_tokenizer(meta):
         return CharTokenizer(meta["chars"])
     if name == "byte":
         return ByteTokenizer()
+    if (Path(name) / "tokenizer.json").is_file():  # of a model in the layout of the hub
+        from pretrained import load_pretrained_tokenizer
+
+        if tokenizer := load_pretrained_tokenizer(name):
+            return tokenizer
+        raise UserError(f"{Path(name) / 'tokenizer.json'} is not of a kind that this program knows, or not the model's")
     import tiktoken  # here: the other tokenizers do without
 
     if "ranks" in meta:

@@ -1,6 +1,7 @@
 """Let a trained GPT write.
 
 python sample.py --out_dir=out/shakespeare --prompt="ROMEO:"
+python sample.py --init_from=gpt2 --prompt="Once upon a time"      GPT-2's weights, or a folder in their layout
 python sample.py --out_dir=out/shakespeare --prompt_file=- --num_samples=3 --top_k=50 < prompt.txt
 
 The text goes to stdout as it is made, with several samples the first one; all else goes to stderr.
@@ -21,6 +22,7 @@ from config import UserError, one_line_errors, read_settings, setting
 class Settings:
     out_dir: str = setting("out", "the out_dir of a training run")
     checkpoint: str = setting("", "a file in out_dir; by default best.pt, or last.pt where there is none")
+    init_from: str = setting("", "instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder like the hub's")
     prompt: str = setting("\n", "text to go on from")
     prompt_file: str = setting("", "file to read the prompt from, - for standard input")
     num_samples: int = setting(1, "texts to write, all in one batch", low=1)
@@ -46,9 +48,10 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 import torch
 import torch.nn.functional as F
 
-from checkpoint import load_checkpoint, refused
-from model import GPTConfig, KVCache, MiniGPT
+from checkpoint import load_checkpoint, model_config, refused
+from model import KVCache, MiniGPT
 from prepare_data import load_tokenizer
+from pretrained import load_pretrained, load_pretrained_tokenizer
 from train import best_dtype, pick_device
 
 
@@ -207,9 +210,7 @@ def load_model(path, device="cpu"):
     path = Path(path)
     state = load_checkpoint(path)
     with refused(path):
-        config, weights = GPTConfig(**state["model_args"]), state["model"]
-        if config.n_layer > len(weights):  # before it is built, layer by layer
-            raise ValueError(f"{config.n_layer} layers")
+        config, weights = model_config(state), state["model"]
         with torch.device("meta"):  # takes no memory: load_state_dict checks the shapes, then puts the weights in
             model = MiniGPT(config)
         model.load_state_dict(weights, assign=True)
@@ -231,8 +232,17 @@ def main(s):
     dtype = s.dtype
     if dtype == "auto":
         dtype = best_dtype(device) if device.type == "cuda" else "float32"
-    model, tokenizer, state = load_model(path, device)
-    model = model.to(getattr(torch, dtype))
+    if s.init_from:
+        model, tokenizer = load_pretrained(s.init_from), load_pretrained_tokenizer(s.init_from)
+        if tokenizer is None:
+            raise UserError(
+                f"{s.init_from} has no tokenizer.json of a kind that this program knows: it can't read text"
+            )
+        source = s.init_from
+    else:
+        model, tokenizer, state = load_model(path, device)
+        source = f"{path}: step {state['step']}, trained on {state['tokenizer']['source']}"
+    model = model.to(device, getattr(torch, dtype))
     if device.type == "cpu":
         pack(model, s.num_samples)
     if s.compile:
@@ -249,8 +259,7 @@ def main(s):
     if not prompt:
         raise UserError("the prompt is empty: it needs at least one character")
     idx = torch.tensor([tokenizer.encode(prompt)], device=device).expand(s.num_samples, -1)
-    source = state["tokenizer"]["source"]
-    print(f"{path}: step {state['step']}, trained on {source}; {device.type}, {dtype}", file=sys.stderr)
+    print(f"{source}; {device.type}, {dtype}", file=sys.stderr)
 
     eos_token = tokenizer.eos_token if s.stop_at_eos else None
     generator = torch.Generator(device).manual_seed(s.seed)

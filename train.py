@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,8 +29,8 @@ class Settings:
     # the defaults train GPT-2 (124M) on half a million tokens a step
     out_dir: str = setting("out", "folder for checkpoints and metrics")
     init_from: str = setting(
-        "auto", "auto: go on from out_dir/last.pt if there is one; resume: insist on it; scratch: insist on a new run",
-        choices=("auto", "resume", "scratch"),
+        "auto", "auto: go on from out_dir/last.pt if there is one; resume: insist on it; scratch: insist on a new run; "
+        "else begin with these weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder like the hub's"
     )  # fmt: skip
     seed: int = setting(1337, "of the initial weights, the batches and dropout", 0, 2**63 - 1)
     # data
@@ -107,9 +107,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import check_same_run, cut_metrics, load_checkpoint, lock, refused, restore, save_checkpoint
+from checkpoint import (
+    check_same_run,
+    cut_metrics,
+    load_checkpoint,
+    lock,
+    model_config,
+    refused,
+    restore,
+    save_checkpoint,
+)
 from model import GPTConfig, MiniGPT
-from prepare_data import BUILT_IN, DATA, open_dataset, prepare
+from prepare_data import BUILT_IN, DATA, load_tokenizer, open_dataset, prepare
+from pretrained import load_pretrained, load_pretrained_tokenizer
 
 # dense bfloat16 FLOP/s by the makers' data sheets, by a part of the device's name; the first that fits counts
 PEAK_FLOPS = {
@@ -289,6 +299,22 @@ def find_dataset(name):
         return find_dataset("python_docs")
 
 
+def check_same_tokens(name, vocab_size, dataset):
+    """Raise UserError if the token ids of a dataset (its meta data) are not those that the weights called name know."""
+    theirs = None
+    with suppress(UserError):  # where it can't be had, the number of tokens must do
+        theirs = load_pretrained_tokenizer(name)
+    same = dataset["vocab_size"] == vocab_size
+    if same and theirs:
+        ours = load_tokenizer(dataset)
+        same = all(ours.decode_bytes([i]) == theirs.decode_bytes([i]) for i in range(vocab_size))
+    if not same:
+        raise UserError(
+            f"the {vocab_size:,} tokens of {name} are not the {dataset['vocab_size']:,} of data/{dataset['dataset']}: "
+            f"prepare the text with --tokenizer={'gpt2' if vocab_size == 50257 else name}"
+        )
+
+
 def join_ranks(backend, timeout):
     """dist.init_process_group, also where torchrun starts the job again after a failure.
 
@@ -365,13 +391,29 @@ def main(s):
             where = f"data/{s.dataset}/{split}.bin"
             raise UserError(f"{where} has {len(tokens)} tokens, no more than block_size ({s.block_size})")
 
+    # a run to go on with
+    out_dir = Path(s.out_dir)
+    last, best, metrics = out_dir / "last.pt", out_dir / "best.pt", out_dir / "metrics.jsonl"
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
+    if s.init_from == "scratch" and last.exists() and not restarted:
+        raise UserError(f"{last} is a run already: leave --init_from out to go on with it, or give another --out_dir")
+    state = load_checkpoint(last) if s.init_from == "resume" or last.exists() else None
+
     # model and optimiser
     torch.manual_seed(s.seed)
+    raw_model = None
+    if s.init_from not in ("auto", "resume", "scratch"):  # weights, which bring their sizes
+        if not state:
+            raw_model = load_pretrained(s.init_from, s.block_size, s.dropout).train()
+            check_same_tokens(s.init_from, raw_model.config.vocab_size, tokenizer)
+        with refused(last):
+            sizes = raw_model.config if raw_model else model_config(state)
+        s.n_layer, s.n_head, s.n_embd, s.bias = sizes.n_layer, sizes.n_head, sizes.n_embd, sizes.bias
     try:
         config = GPTConfig(s.block_size, tokenizer["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
     except ValueError as error:
         raise UserError(str(error)) from error
-    raw_model = MiniGPT(config).to(device)
+    raw_model = (raw_model or MiniGPT(config)).to(device)
     optimizer = make_optimizer(raw_model, s)
     # Scales the loss so that small float16 gradients do not become zero (Micikevicius et al. 2018). For the other
     # types the scale is 1, and what is left is wanted there too: it skips a step whose gradient is not finite.
@@ -379,22 +421,24 @@ def main(s):
     scaler = torch.amp.GradScaler(device.type, scale, growth_interval=interval, enabled=device.type != "mps")
 
     # resume
-    out_dir = Path(s.out_dir)
-    last, best, metrics = out_dir / "last.pt", out_dir / "best.pt", out_dir / "metrics.jsonl"
     step, best_val_loss, worse_evals, seconds, bad_steps, skipped = 0, math.inf, 0, 0.0, 0, 0
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
-    if s.init_from == "scratch" and last.exists() and not restarted:
-        raise UserError(f"{last} is a run already: leave --init_from out to go on with it, or give another --out_dir")
-    if s.init_from == "resume" or last.exists():
-        state = load_checkpoint(last)
+    if state:
         with refused(last):
             check_same_run(last, state, config, tokenizer)
             step, worse_evals, bad_steps, skipped = restore(state, raw_model, optimizer, scaler)
             best_val_loss, seconds = float(state["best_val_loss"]), float(state["seconds"])
             old = state["config"]
+            if s.init_from not in ("auto", "resume", "scratch", old["init_from"]):
+                raise UserError(f"{last} is a run that did not begin with {s.init_from}: give another --out_dir")
+            s.init_from = old["init_from"]  # what the run began with stays known
             changed = [f"{k} {old.get(k)} -> {v}" for k, v in asdict(s).items() if v != old.get(k)]
         say(f"going on from {last} at step {step}" + (f", changed: {', '.join(changed)}" if changed else ""))
-        del state  # as large as the model and its optimiser
+    del state  # as large as the model and its optimiser
+    if world_size > 1:
+        steps = [None] * world_size
+        dist.all_gather_object(steps, step, group=cpu_group)
+        if len(set(steps)) > 1:
+            raise UserError(f"not all ranks found the same {last}: out_dir must be where all machines see it")
 
     # report
     n_params = sum(p.numel() for p in raw_model.parameters())

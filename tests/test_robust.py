@@ -146,6 +146,24 @@ def test_two_agents_train_as_two_nodes_do(start, run):
 
 
 @linux
+def test_ranks_that_do_not_see_the_same_run_are_told(train, workdir):
+    """As on machines that do not share a file system: rank 1 works in a folder of its own."""
+    train()
+    Path("elsewhere").mkdir()
+    Path("elsewhere/data").symlink_to(workdir / "data")
+    Path("apart.py").write_text(
+        "import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "if os.environ['RANK'] == '1': os.chdir('elsewhere')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "apart.py"]
+    command += [str(ROOT / "train.py"), *flags(max_iters=9)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "not all ranks found the same out/last.pt" in done.stderr, done.stderr
+    assert torch.load("out/last.pt")["step"] == 6
+
+
+@linux
 def test_a_rank_that_hangs_ends_the_job_within_the_timeout(start):
     process = start(2, timeout=3, **LONG)
     os.kill(ranks_of(process)[1], signal.SIGSTOP)

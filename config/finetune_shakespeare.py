@@ -1,0 +1,24 @@
+# GPT-2's weights, fine-tuned on tiny Shakespeare. python train.py config/finetune_shakespeare.py
+#
+# The text first, in GPT-2's tokens (INPUT: a copy of tiny Shakespeare, or any text of yours):
+# python prepare_data.py shakespeare_gpt2 --input INPUT --tokenizer=gpt2
+#
+# For another model that fits: --init_from=gpt2-medium, gpt2-large, gpt2-xl, or a folder that has one.
+out_dir = "out/finetune_shakespeare"
+init_from = "gpt2"  # needs the packages huggingface_hub and safetensors, and the network the first time
+dataset = "shakespeare_gpt2"
+
+# 32 x 1,024 tokens a step: the 300,000 tokens of the text are read once in ten steps
+batch_size = 1
+gradient_accumulation_steps = 32
+block_size = 1024
+dropout = 0.1
+
+# The weights are good already: small steps, of one size, and best.pt is the model from before it learns by heart
+learning_rate = 3e-5
+decay_lr = False
+max_iters = 100
+eval_interval = 5
+eval_iters = 0  # the whole validation split
+patience = 5
+log_interval = 1

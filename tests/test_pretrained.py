@@ -1,0 +1,449 @@
+"""Weights and tokenizers to and from the layout of the hub, held against transformers, tiktoken and tokenizers."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, flags
+from test_train import fails, losses, same
+
+import pretrained
+import sample
+from config import UserError
+from model import GPTConfig, MiniGPT
+from prepare_data import BPETokenizer, ByteTokenizer, CharTokenizer
+from pretrained import from_fast, load_pretrained, load_pretrained_tokenizer, save_pretrained, to_fast
+from sample import generate
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+ODD = (
+    "it's  I'LL 1234 ١٢ naïve ☃ \U0001f600 e\u0301 中文字\n\n \t x\r\n\x0b\x0c\x85\u00a0\u2003\u3000 \x1c \x00 end \n "
+)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The list of what transformers has to say, from its log and as Python's warnings."""
+    import logging
+    import warnings
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    transformers.utils.logging.add_handler(handler)
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *args, **kwargs: said.append(str(message)))
+    yield said
+    transformers.utils.logging.remove_handler(handler)
+
+
+def theirs(folder="theirs", seed=0, save=None, **changes):
+    """A GPT-2 of transformers with random weights, everywhere, saved to folder."""
+    torch.manual_seed(seed)
+    sizes = {"n_positions": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    eos = {"bos_token_id": None, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | eos | changes))).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(folder, **(save or {}))
+    return model
+
+
+def ours(**changes):
+    torch.manual_seed(0)
+    model = MiniGPT(
+        GPTConfig(**({"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes))
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def assert_same_logits(model, reference):
+    idx = torch.randint(model.config.vocab_size, (2, model.config.block_size))
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-4, rtol=0)
+
+
+def edit(path, **changes):
+    path = Path(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ------------------------------------------------------------------------------------------------------------- in
+
+
+RELEASED = {
+    "gpt2": (12, 768),
+    "gpt2-medium": (16, 1024),
+    "gpt2-large": (20, 1280),
+    "gpt2-xl": (25, 1600),
+}  # n_head, n_embd
+
+
+@pytest.mark.parametrize(
+    "sizes, save",
+    [
+        ({}, {}),
+        ({"vocab_size": 1, "n_positions": 1, "n_layer": 1, "n_head": 1, "n_embd": 1}, {}),
+        ({"vocab_size": 321, "n_positions": 7, "n_layer": 3, "n_head": 3, "n_embd": 33}, {}),
+        ({"vocab_size": 128, "activation_function": "gelu_pytorch_tanh", "n_inner": 128}, {}),
+        ({"n_layer": 4, "n_embd": 64}, {"max_shard_size": "100KB"}),
+        *(({"n_layer": 1, "n_head": n_head, "n_embd": n_embd}, {}) for n_head, n_embd in RELEASED.values()),
+    ],
+)  # fmt: skip
+def test_logits_equal_those_of_the_model_that_transformers_saved(tmp_path, sizes, save):
+    reference = theirs(tmp_path, save=save, **sizes)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not save
+    model = load_pretrained(tmp_path)
+    assert model.wte.weight.dtype == torch.float32 and not model.training
+    assert not model.wte.weight[model.config.vocab_size :].any()
+    assert_same_logits(model, reference)
+
+
+def test_older_files_have_masks_and_no_prefix(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    reference = theirs(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    head = {"lm_head.weight": weights["wte.weight"].clone()}
+    save_file(weights | masks | head, tmp_path / "model.safetensors")
+    assert_same_logits(MiniGPT.from_pretrained(tmp_path), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_are_read_as_float32(tmp_path, dtype):
+    reference = theirs(tmp_path).to(dtype)
+    reference.save_pretrained(tmp_path)
+    assert_same_logits(load_pretrained(tmp_path), reference.float())
+
+
+def test_a_shorter_block_size_crops_the_positions(tmp_path):
+    reference = theirs(tmp_path)
+    model = load_pretrained(str(tmp_path), block_size=9)
+    assert model.wpe.weight.shape == (9, 32)
+    assert_same_logits(model, reference)
+    with pytest.raises(UserError, match=r"positions for 16 tokens, .* \(17\): --block_size=16 is the most"):
+        load_pretrained(tmp_path, block_size=17)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt_neo"}, "another architecture: model_type 'gpt_neo', not 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function 'relu', not 'gelu_new'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06, not 1e-05"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True, not False"),
+        ({"scale_attn_weights": False}, "scale_attn_weights False, not True"),
+        ({"add_cross_attention": True}, "add_cross_attention True, not False"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings False, not True"),
+        ({"n_inner": 100}, "n_inner 100, not 128"),
+        ({"n_head": 3}, "n_embd .32. must be divisible by n_head"),
+        ({"n_layer": 3}, "h.2.attn.c_attn.bias is missing"),
+        ({"n_layer": 1}, "h.1.attn.c_attn.bias is not of GPT-2"),
+        ({"n_layer": 10**9}, "1000000000 layers"),
+        ({"n_embd": 2**20}, "has the shape"),
+        ({"vocab_size": 66}, r"wte.weight has the shape \[65, 32\]"),
+        ({"n_positions": "16"}, "not a whole number"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_difference_named(tmp_path, change, message):
+    theirs(tmp_path)
+    edit(tmp_path / "config.json", **change)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_a_head_of_its_own_is_refused(tmp_path):
+    theirs(tmp_path, tie_word_embeddings=False)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    with pytest.raises(UserError, match="lm_head is not its token embedding"):
+        load_pretrained(tmp_path)
+
+
+def test_damaged_and_missing_files_are_one_line(tmp_path):
+    theirs(tmp_path, save={"max_shard_size": "50KB"})
+    shard = max(tmp_path.glob("*.safetensors"), key=os.path.getsize)
+    for path in (tmp_path / "config.json", tmp_path / "model.safetensors.index.json", shard):
+        whole = path.read_bytes()
+        for part in (b"", whole[: len(whole) // 2], b"[1]", None):
+            path.unlink()
+            if part is not None:
+                path.write_bytes(part)
+            with pytest.raises((UserError, OSError)) as error:
+                load_pretrained(tmp_path)
+            assert path.name in str(error.value) or "no " in str(error.value)
+        path.write_bytes(whole)
+    edit(tmp_path / "model.safetensors.index.json", weight_map={"wte.weight": "../elsewhere.safetensors"})
+    with pytest.raises(UserError, match="not in the folder"):
+        load_pretrained(tmp_path)
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    theirs(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(UserError, match=r"a pickle .*transformers"):
+        load_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    reference = theirs(tmp_path)
+    reference.transformer.wte.weight.data[3, 3] = float("nan")
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"wte.weight has values that are not finite"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("package", ["huggingface_hub", "safetensors"])
+def test_a_missing_package_is_one_line(workdir, monkeypatch, package):
+    theirs()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        load_pretrained("gpt2" if package == "huggingface_hub" else "theirs")
+
+
+def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsys, train):
+    import huggingface_hub
+
+    def unreachable(repository, **options):
+        assert repository == "openai-community/gpt2-medium"
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert "gpt2-medium can't be downloaded from the hub (OSError)" in fails(capsys, train, init_from="gpt2-medium")
+    assert not Path("out").exists()
+    assert "no gpt3/config.json: expected gpt2, gpt2-medium" in fails(capsys, train, init_from="gpt3")
+    reference = theirs()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: "theirs")
+    assert_same_logits(MiniGPT.from_pretrained("gpt2-xl"), reference)
+
+
+# ------------------------------------------------------------------------------------------------------------ out
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bias": False, "dropout": 0.2}, {"vocab_size": 321, "n_head": 3, "n_embd": 33}]
+)
+def test_transformers_loads_what_was_saved_without_a_warning(tmp_path, warnings, changes):
+    model = ours(**changes)
+    model.save_pretrained(tmp_path)
+    reference, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and not warnings
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    assert_same_logits(model, reference)
+    again = load_pretrained(tmp_path)
+    idx = torch.arange(16)[None]
+    assert torch.equal(again(idx)[0], model(idx)[0])
+    prompt = torch.randint(65, (3, 4))
+    text = reference.generate(prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt))
+    assert torch.equal(generate(model, prompt, 12, temperature=0), text)
+    assert not warnings, warnings
+
+
+def test_an_export_that_fails_does_not_look_whole(tmp_path, monkeypatch):
+    save_pretrained(ours(), tmp_path)
+
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretrained, "write_whole", full)
+    with pytest.raises(OSError):
+        save_pretrained(ours(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(UserError, match=r"no .*config.json"):
+        load_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizers
+
+
+POSSESSIVE = r"(?i:'s|'ll)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s+(?!\S)|\s"
+
+
+def trained_bpe(pattern=POSSESSIVE, size=400):
+    """A BPE over bytes with an end-of-text token, from tokenizers' own trainer on TEXT."""
+    import tiktoken
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT, ODD * 5], trainer)
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ranks = {bytes(pretrained.TO_BYTE[c] for c in token): i for token, i in vocab}
+    special = {"<|endoftext|>": len(ranks), "<|fim|>": len(ranks) + 1}
+    return BPETokenizer(tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "greedy bpe", "byte", "char"])
+def test_transformers_encodes_with_the_saved_tokenizer_as_we_do(request, tmp_path, warnings, kind):
+    text = ODD + TEXT[:300] + ODD[::-1]
+    if kind == "gpt2":
+        text += request.getfixturevalue("tiny_shakespeare").read_text(encoding="utf-8")
+        tokenizer = BPETokenizer(request.getfixturevalue("gpt2_vocabulary"))
+    else:
+        tokenizer = {
+            "bpe": trained_bpe,
+            "greedy bpe": lambda: trained_bpe(pretrained.GPT2_PATTERN),
+            "byte": ByteTokenizer,
+            "char": lambda: CharTokenizer("".join(sorted(set(text)))),
+        }[kind]()
+    save_pretrained(ours(vocab_size=tokenizer.vocab_size, n_layer=1), tmp_path, tokenizer)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(fast) == tokenizer.vocab_size and fast.eos_token_id == tokenizer.eos_token
+    ids = fast(text, verbose=False)["input_ids"]
+    assert ids == tokenizer.encode(text)
+    assert fast.decode(ids) == text == tokenizer.decode(ids)
+    for part in (ODD[i:j] for i in range(0, len(ODD), 3) for j in range(i + 1, len(ODD), 7)):
+        assert fast(part, verbose=False)["input_ids"] == tokenizer.encode(part), repr(part)
+    if tokenizer.eos_token is not None:
+        documents = "One.<|endoftext|> Two.\n\n<|endoftext|>"
+        assert fast(documents, verbose=False)["input_ids"] == tokenizer.encoding.encode(
+            documents, allowed_special="all"
+        )
+        assert fast(documents, split_special_tokens=True, verbose=False)["input_ids"] == tokenizer.encode(documents)
+    assert not warnings, warnings
+    again = load_pretrained_tokenizer(tmp_path)
+    assert again.encode(text) == ids and again.decode(ids) == text and again.eos_token == tokenizer.eos_token
+
+
+def test_gpt2s_own_tokenizer_file_is_read(tmp_path, gpt2_vocabulary, tiny_shakespeare):
+    fast = to_fast(BPETokenizer(gpt2_vocabulary))["model"]
+    merges = [tuple(pair.split(" ")) for pair in fast["merges"]]
+    file = transformers.GPT2Tokenizer(vocab=fast["vocab"] | {"<|endoftext|>": 50256}, merges=merges)
+    file.save_pretrained(tmp_path)
+    tokenizer = from_fast(json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")))
+    text = ODD + tiny_shakespeare.read_text(encoding="utf-8")[:100_000]
+    assert tokenizer.encode(text) == gpt2_vocabulary.encode(text) == file(text, verbose=False)["input_ids"]
+    assert tokenizer.vocab_size == 50257 and tokenizer.eos_token == 50256
+
+
+def test_a_tokenizer_of_another_kind_is_left_out(tmp_path):
+    theirs(tmp_path)
+    assert load_pretrained_tokenizer(tmp_path) is None
+    for content in ("", "[]", '{"model": {"type": "Unigram"}}', '{"model": {"type": "BPE", "vocab": {}}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        assert load_pretrained_tokenizer(tmp_path) is None
+    with pytest.raises(ValueError, match="not a pair of earlier ones"):
+        pretrained.merges({b"a": 0, b"b": 1, b"c": 2, b"abc": 3})
+
+
+# ---------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture
+def run_to_finetune(train):
+    """A character model that the test itself has pretrained and saved, in out/pretrained."""
+    train(max_iters=60, eval_interval=30)
+    pretrained.main(pretrained.Settings(out_dir="out"))
+    return Path("out/pretrained")
+
+
+def test_a_round_trip_writes_the_same_text(run_to_finetune, capsys, warnings):
+    """Train, save, load in transformers: the same greedy text, token for token; and read again, the same bits."""
+    capsys.readouterr()
+    prompt = "To"
+    options = {"prompt": prompt, "max_new_tokens": 14, "temperature": 0.0, "device": "cpu"}
+    sample.main(sample.Settings(**options))
+    text = capsys.readouterr().out
+    assert text.startswith(prompt) and len(text) == len(prompt) + 14 + 1
+    sample.main(sample.Settings(init_from=str(run_to_finetune), **options))
+    assert capsys.readouterr().out == text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_to_finetune)
+    reference = transformers.GPT2LMHeadModel.from_pretrained(run_to_finetune)
+    ids = tokenizer(prompt, return_tensors="pt")
+    assert tokenizer.decode(reference.generate(**ids, max_new_tokens=14, do_sample=False)[0]) == text[:-1]
+    assert not warnings, warnings
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 9, "dropout": 0.1, "optimizer": "muon"}])
+def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(train, run_to_finetune, capsys, options):
+    start = {"init_from": "out/pretrained", "n_layer": 5, "lr_decay_iters": 12, "learning_rate": 1e-3} | options
+    capsys.readouterr()
+    train(eval_only=True, **start, out_dir="whole")
+    assert f"validation loss {torch.load('out/best.pt')['best_val_loss']:.4f}" in capsys.readouterr().out or options
+    train(max_iters=12, **start, out_dir="whole")
+    assert losses("whole")[0] < 2 < losses("out")[0]
+    train(max_iters=6, **start, out_dir="parts")
+    run_to_finetune.rename("elsewhere")  # no longer needed: last.pt has it all
+    train(max_iters=9, **start, out_dir="parts")
+    size = {"n_layer": 2, "bias": True}
+    train(max_iters=12, **(start | size | {"init_from": "resume"}), out_dir="parts")
+    whole, parts = torch.load("whole/last.pt"), torch.load("parts/last.pt")
+    assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
+    assert whole["config"]["n_layer"] == 2 and whole["config"]["init_from"] == "out/pretrained"
+    assert parts["config"]["init_from"] == "out/pretrained"
+
+
+def test_a_transformers_model_is_fine_tuned_and_goes_back(train):
+    """In, fine-tuned, out: with a tokenizer file that the dataset was prepared with."""
+    import prepare_data
+
+    tokenizer = trained_bpe()
+    reference = theirs("mine", vocab_size=tokenizer.vocab_size)
+    Path("mine/tokenizer.json").write_text(json.dumps(to_fast(tokenizer)))
+    prepare_data.prepare("text", "tiny.txt", "mine")
+    train(dataset="text", init_from="mine", max_iters=2, learning_rate=1e-3)
+    pretrained.main(pretrained.Settings(checkpoint="last.pt", folder="tuned"))
+    tuned = transformers.GPT2LMHeadModel.from_pretrained("tuned")
+    ids = transformers.AutoTokenizer.from_pretrained("tuned")(TEXT, return_tensors="pt")["input_ids"][:, :16]
+    assert tuned(ids, labels=ids).loss < reference(ids, labels=ids).loss
+    assert_same_logits(sample.load_model("out/last.pt")[0], tuned)
+
+
+def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(train, run_to_finetune, capsys):
+    before = Path("out/last.pt").read_bytes()
+    assert "did not begin with out/pretrained" in fails(capsys, train, init_from="out/pretrained")
+    assert Path("out/last.pt").read_bytes() == before
+    new = {"init_from": "out/pretrained", "out_dir": "new"}
+    assert "--block_size=16 is the most" in fails(capsys, train, block_size=17, **new)
+    import prepare_data
+
+    for text in ("something else " * 50, TEXT.replace("T", "X")):  # fewer characters, and others
+        Path("other.txt").write_text(text)
+        prepare_data.prepare("other", "other.txt")
+        message = fails(capsys, train, dataset="other", **new)
+        assert (
+            "23 tokens of out/pretrained are not the" in message
+            and "of data/other" in message
+            and "--tokenizer=out/pretrained" in message
+        )
+    theirs("theirs", vocab_size=23)
+    with pytest.raises(SystemExit):
+        sample.main(sample.Settings(init_from="theirs"))
+    assert "theirs has no tokenizer.json" in capsys.readouterr().err
+    assert not Path("new").exists()
+
+
+def test_the_commands_export_and_fine_tune_on_two_ranks(run, train):
+    train()
+    done = run("pretrained.py", "--out_dir=out", "--folder=mine")
+    assert done.returncode == 0 and 'from_pretrained("mine")' in done.stdout, done.stderr
+    for out_dir, ranks in (("one", 1), ("two", 2)):
+        changes = {"init_from": "mine", "out_dir": out_dir, "max_iters": 3}
+        if ranks == 1:
+            train(**changes)
+        else:
+            done = run("train.py", *flags(**changes), ranks=ranks)
+            assert done.returncode == 0, done.stderr
+    assert losses("one") == pytest.approx(losses("two"), rel=1e-5)
+
+
+def test_the_config_for_fine_tuning_fine_tunes(train, run_to_finetune):
+    import train as train_module
+    from config import read_settings
+
+    changes = ["--dataset=tiny", f"--init_from={run_to_finetune}", "--block_size=16", "--max_iters=10", "--device=cpu"]
+    config = str(ROOT / "config/finetune_shakespeare.py")
+    train_module.main(read_settings(train_module.Settings, [config, *changes, "--compile=False"], ""))
+    before, after = (torch.load(f"{out}/best.pt") for out in ("out", "out/finetune_shakespeare"))
+    assert after["best_val_loss"] < before["best_val_loss"] and after["config"]["learning_rate"] < 1e-4
