@@ -5,7 +5,7 @@ python train.py config/shakespeare.py --max_iters=200      any setting can be gi
 torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs
 
 Run the same command again to go on where it stopped. Everything it makes is in out_dir: last.pt (to go on from),
-best.pt (the lowest validation loss) and metrics.jsonl.
+best.pt (the lowest validation loss), metrics.jsonl and, at the end, its picture loss.png.
 """
 
 import json
@@ -68,6 +68,14 @@ class Settings:
     save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", low=0)
     save_minutes: float = setting(10.0, "minutes between saves, whatever the step", low=0.0)
     log_interval: int = setting(10, "steps between log lines", low=1)
+    plot: bool = setting(True, "draw out_dir/loss.png at the end (needs matplotlib)")
+    tensorboard: bool = setting(
+        False, "write the metrics for TensorBoard too, to out_dir/tensorboard (needs tensorboard)"
+    )
+    # finding mistakes
+    overfit: bool = setting(False, "train on one batch again and again and write nothing: a model that learns gets its "
+                                   "loss to near zero")  # fmt: skip
+    log_stats: bool = setting(False, "with each log line, activations, gradients, weights and updates layer by layer")
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best there is")
     dtype: str = setting(
@@ -94,6 +102,8 @@ class Settings:
             raise UserError(f"warmup_iters ({self.warmup_iters}) must not be more than the run ({self.lr_decay_iters})")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
+        if self.overfit:
+            self.dropout = 0.0  # it is there to hinder this
 
 
 if __name__ == "__main__":  # before torch is loaded, which takes seconds: --help and mistakes are answered at once
@@ -109,7 +119,9 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import check_same_run, cut_metrics, load_checkpoint, lock, refused, restore, save_checkpoint
 from model import GPTConfig, MiniGPT
+from plot import draw_run
 from prepare_data import BUILT_IN, DATA, open_dataset, prepare
+from stats import layer_stats
 
 # dense bfloat16 FLOP/s by the makers' data sheets, by a part of the device's name; the first that fits counts
 PEAK_FLOPS = {
@@ -342,6 +354,11 @@ def main(s):
     dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
     autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
     choose_attention(device, dtype, s.block_size)
+    if s.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from error
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -385,7 +402,7 @@ def main(s):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
     if s.init_from == "scratch" and last.exists() and not restarted:
         raise UserError(f"{last} is a run already: leave --init_from out to go on with it, or give another --out_dir")
-    if s.init_from == "resume" or last.exists():
+    if (s.init_from == "resume" or last.exists()) and not s.overfit:
         state = load_checkpoint(last)
         with refused(last):
             check_same_run(last, state, config, tokenizer)
@@ -448,7 +465,7 @@ def main(s):
 
     def log(**record):
         """Append a line to metrics.jsonl; JSON has no NaN, so that is null."""
-        if rank > 0 or s.eval_only:
+        if rank > 0 or s.eval_only or s.overfit:
             return
         record = {"step": step, **record, "seconds": time.perf_counter() - begun}
         line = json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in record.items()})
@@ -459,11 +476,19 @@ def main(s):
         except OSError as error:  # a full disk, mostly: no half line may stay
             os.truncate(metrics, size)
             print(f"error: can't write {metrics}: {error}", file=sys.stderr)
+        if s.tensorboard:
+            try:
+                for key in record.keys() - {"step", "seconds"}:
+                    if record[key] is not None:
+                        board.add_scalar(key, record[key], step)
+                board.flush()  # so that a crash loses nothing
+            except OSError as error:
+                print(f"error: can't write for TensorBoard: {error}", file=sys.stderr)
 
     unsaved = set()  # files whose last save failed
 
     def save(path):
-        if rank > 0:
+        if rank > 0 or s.overfit:
             return
         if not all(p.isfinite().all() for p in raw_model.parameters()):
             raise UserError(f"weights are not finite at step {step}, and not saved: {ADVICE}")
@@ -492,10 +517,24 @@ def main(s):
     if s.eval_only:
         evaluate_now()
         return
-    if rank == 0:
+    if s.overfit:
+        say(
+            "overfitting: every step trains on the same batch, nothing is evaluated or saved; the loss should near zero"
+        )
+    elif rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         out_dir_lock = lock(out_dir / "lock")  # noqa: F841 (held as long as this name is)
         cut_metrics(metrics, step)
+        if s.tensorboard:  # drops there too what came after the checkpoint
+            board = SummaryWriter(out_dir / "tensorboard", purge_step=step + 1)
+
+    def picture():
+        """Draw loss.png; that it can't be drawn, for whatever reason, is one line and no more."""
+        if rank == 0 and s.plot and not s.overfit:
+            try:
+                say(f"picture: {draw_run(out_dir)}")
+            except Exception as error:
+                say(f"no loss.png: {str(error).splitlines()[0]}")
 
     signals = []  # (number, time) of each SIGINT and SIGTERM
 
@@ -516,6 +555,8 @@ def main(s):
     # train
     def load(step, micro_step):
         first = (micro_step * world_size + rank) * s.batch_size
+        if s.overfit:
+            step = first = 0
         return training_batch(train_tokens, config, s.seed, step, first, s.batch_size)
 
     batches = prefetch(load, ((i, j) for i in range(step, s.max_iters) for j in range(micro_steps)))
@@ -540,14 +581,22 @@ def main(s):
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+        logging = (step + 1) % s.log_interval == 0 or step == 0
+        weights_before = None
+        if s.log_stats and logging and rank == 0:
+            weights_before = [p.detach().clone() for p in raw_model.parameters()]
         scaler.step(optimizer)  # does nothing where the gradient is not finite
         scaler.update()
+        stats = {}
+        if weights_before:
+            with autocast:
+                stats = layer_stats(raw_model, x, weights_before)
         raw_model.zero_grad()
         bad = ~grad_norm.isfinite()  # stays on the device, so that nothing waits
         bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad
         step += 1
 
-        if step % s.log_interval == 0 or step == 1:
+        if logging:
             if world_size > 1:
                 dist.all_reduce(loss)
             loss, grad_norm = loss.item() / world_size, grad_norm.item()  # the only wait for the device
@@ -564,7 +613,12 @@ def main(s):
                 + (f" | {int(skipped)} steps skipped" if skipped else "")
             )
             log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_sec=tokens_per_sec, ms_per_step=step_time * 1000,
-                mfu=mfu, skipped=int(skipped))  # fmt: skip
+                mfu=mfu, skipped=int(skipped),
+                **{f"{k}/{layer}": v for k, column in stats.items() for layer, v in column.items()})  # fmt: skip
+            if stats:
+                say("".join(f"{title:>12}" for title in ("layer", *stats)))
+                for layer in stats["weight"]:
+                    say(f"{layer:>12}" + "".join(f"{column[layer]:12.2e}" for column in stats.values()))
             if bad_steps >= s.max_bad_steps:
                 raise UserError(f"the gradient was not finite in {int(bad_steps)} steps up to step {step}: {ADVICE}")
 
@@ -572,7 +626,7 @@ def main(s):
         stop = torch.tensor(signals[0][0] if signals else 0)
         if world_size > 1:  # one rank's signal stops all of them, at the same step
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
-        evaluating = step % s.eval_interval == 0 or step == s.max_iters
+        evaluating = (step % s.eval_interval == 0 or step == s.max_iters) and not s.overfit
         if evaluating:
             val_loss = evaluate_now()
             worse_evals += 1
@@ -588,8 +642,9 @@ def main(s):
             save(last)
             last_save = time.perf_counter()
         if stop:
-            if not unsaved:
+            if not unsaved and not s.overfit:
                 say(f"{signal.Signals(int(stop)).name}: stopped after step {step}; the same command goes on from there")
+            picture()
             if world_size > 1:  # torchrun kills the others when one has ended, and rank 0 may still be saving
                 dist.barrier(group=cpu_group)
             end_by_signal(int(stop))
@@ -600,6 +655,10 @@ def main(s):
 
     if unsaved:
         raise UserError(f"{', '.join(map(str, unsaved))} could not be saved: see above")
+    if s.overfit:
+        say("done: where this loss is not near zero, training on more than a batch can't work either")
+        return
+    picture()
     say(f"done: best validation loss {best_val_loss:.4f}; let it write with python sample.py --out_dir={s.out_dir}")
 
 
