@@ -4,15 +4,19 @@ import json
 import operator
 import os
 import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
 from config import UserError
+from model import GPTConfig
 
 
-def write_whole(path, write):
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write path by write(file), so that at every moment path is a whole file, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -25,12 +29,12 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write state, a dictionary of plain values and tensors, to path. Raises OSError or RuntimeError if it can't."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint at path, on the CPU. Runs no code that may be in it, and takes no more memory than it is large;
     raises whatever Exception the damage leads to."""
     with zipfile.ZipFile(path) as archive:
@@ -46,7 +50,7 @@ def read_checkpoint(path):
     return state
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """read_checkpoint, with a UserError if it fails that names the newest checkpoint beside it that is whole."""
     try:
         return read_checkpoint(path)
@@ -62,7 +66,7 @@ def load_checkpoint(path):
 
 
 @contextmanager
-def refused(path):
+def refused(path: Path) -> Iterator[None]:
     """What is read from path may be anything: turn what it leads to into one line."""
     try:
         yield
@@ -73,7 +77,7 @@ def refused(path):
         raise UserError(f"{path} does not fit this program ({type(error).__name__}: {reason})") from error
 
 
-def check_same_run(path, state, config, tokenizer):
+def check_same_run(path: Path, state: dict[str, Any], config: GPTConfig, tokenizer: dict[str, Any]) -> None:
     """Raise UserError if the checkpoint from path is of a model with other sizes, or was trained on other data."""
 
     def differing(theirs, ours, but):
@@ -91,7 +95,7 @@ def check_same_run(path, state, config, tokenizer):
         raise UserError(f"{path} is of another model ({sizes}): give its sizes, or another --out_dir")
 
 
-def restore(state, model, optimizer, scaler):
+def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: Any, scaler: torch.amp.GradScaler) -> list[int]:
     """Load a checkpoint into model, optimiser (its momenta: the settings are those of this run) and scaler.
 
     Returns its counts: step, worse_evals, bad_steps, skipped. Raises an Exception for whatever does not fit.
@@ -117,7 +121,7 @@ def restore(state, model, optimizer, scaler):
     return counts
 
 
-def lock(path):
+def lock(path: Path) -> TextIO:
     """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
     file = path.open("a")
     try:
@@ -138,7 +142,7 @@ def lock(path):
     return file
 
 
-def cut_metrics(path, step):
+def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of path that came after step, and a torn last one: the run will write them again."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:

@@ -13,6 +13,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from config import UserError, one_line_errors, read_settings, setting
 
@@ -29,24 +30,29 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
     with one_line_errors():
         settings = read_settings(Settings, sys.argv[1:], __doc__)
 
+import numpy as np
 import torch
 
 from checkpoint import write_whole
+from model import MiniGPT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLORS = ("#1d5fbf", "#d9640f")  # of the runs; told apart also by those who see no red or no green
 
 
-def new_figure(width, height, **options):
+def new_figure(width: float, height: float) -> "Figure":
     """An empty matplotlib Figure of that many inches, which needs no display."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("pictures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained", **options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure, path):
+def save_figure(figure: "Figure", path: Path) -> None:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("png", "svg", "pdf"):
         raise UserError(f"{path}: pictures are written as .png, .svg or .pdf")
@@ -54,7 +60,7 @@ def save_figure(figure, path):
     write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=140))
 
 
-def read_series(out_dir):
+def read_series(out_dir: str | Path) -> dict[str, tuple[list[int], list[float], list[float]]]:
     """The curves in out_dir's metrics.jsonl: {"loss" | "val_loss" | "lr" | "grad_norm": (steps, seconds, values)}.
 
     A value that was not finite is NaN; a last line without its end, from a run that is being written, is left out.
@@ -81,7 +87,7 @@ def read_series(out_dir):
     return series
 
 
-def running_mean(values, width):
+def running_mean(values: list[float], width: int) -> list[float]:
     """The mean of up to width values around each; NaN counts for nothing."""
     means = []
     for i in range(len(values)):
@@ -90,7 +96,7 @@ def running_mean(values, width):
     return means
 
 
-def draw_run(out_dir, compare="", file=""):
+def draw_run(out_dir: str | Path, compare: str = "", file: str = "") -> Path:
     """Draw the run in out_dir, and the one in compare, to file. Returns its path.
 
     From top to bottom loss, learning rate and gradient norm; on the left against steps, on the right against time.
@@ -144,7 +150,7 @@ def draw_run(out_dir, compare="", file=""):
     return path
 
 
-def style(figure, axes, y_labels, x_labels):
+def style(figure: "Figure", axes: np.ndarray, y_labels: tuple[str, ...], x_labels: tuple[str, ...]) -> None:
     """Thin grey where matplotlib is black, names on the outer axes only."""
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.95))  # room for the title
     for row, y_label in zip(axes, y_labels, strict=True):
@@ -158,7 +164,7 @@ def style(figure, axes, y_labels, x_labels):
         axis.set_xlabel(x_label, color=INK)
 
 
-def attention_maps(model, idx):
+def attention_maps(model: MiniGPT, idx: torch.Tensor) -> torch.Tensor:
     """What each token attends to: (T,) token ids -> (n_layer, n_head, T, T), rows summing to 1.
 
     softmax(Q K^T / sqrt(D) + M) (Vaswani et al. 2017, equation 1, and the causal mask), written out. Q and K are what
@@ -182,7 +188,7 @@ def attention_maps(model, idx):
     return torch.stack(maps)
 
 
-def draw_attention(out_dir, prompt, file=""):
+def draw_attention(out_dir: str | Path, prompt: str, file: str = "") -> Path:
     """Draw a heat map for each head of the model in out_dir as it reads prompt, to file. Returns its path.
 
     A row is a layer, a column a head; in each map a row is the token that looks and a column what it looks at.
@@ -223,7 +229,7 @@ def draw_attention(out_dir, prompt, file=""):
 
 
 @one_line_errors()
-def main(s):
+def main(s: Settings) -> None:
     print(draw_attention(s.out_dir, s.attention, s.file) if s.attention else draw_run(s.out_dir, s.compare, s.file))
 
 

@@ -211,7 +211,7 @@ def compile_step(model, **options):
     return model
 
 
-def find_checkpoint(out_dir, name=""):
+def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
     """The path of the checkpoint called name in out_dir, by default best.pt, or last.pt where there is none."""
     return Path(out_dir) / (name or ("best.pt" if Path(out_dir, "best.pt").exists() else "last.pt"))
 
@@ -240,7 +240,7 @@ def load_model(path, device="cpu"):
 COLORS = ((0.9, 114), (0.5, 157), (0.1, 229), (0.01, 216), (0.0, 210))  # probability of at least, xterm colour
 
 
-def paint(text, probability):
+def paint(text: str, probability: float) -> str:
     """text in black on green (likely) to red (unlikely), by the escape codes of terminals."""
     code = next(color for low, color in COLORS if probability >= low)
     # the colour ends before a new line: a terminal would fill the rest of the line with it
@@ -313,7 +313,7 @@ def main(s):
         print(f"---------------\n{prompt}{tokenizer.decode(text)}")
     if colored:
         legend = " ".join(paint(f" from {low:.0%} ", low) for low, _ in COLORS)
-        print(f"probability, for the model, of each token: {legend}", file=sys.stderr)
+        print(f"the model's probability: {legend}", file=sys.stderr)
     for choice in choices:
         print(choice, file=sys.stderr)
     n_tokens = sum(map(len, texts))

@@ -2,9 +2,11 @@
 
 import torch
 
+from model import MiniGPT
+
 
 @torch.no_grad()
-def layer_stats(model, idx, weights_before):
+def layer_stats(model: MiniGPT, idx: torch.Tensor, weights_before: list[torch.Tensor]) -> dict[str, dict[str, float]]:
     """Look at a model after an optimiser's step on idx (B, T), while it still has the gradients: {statistic: {layer:
     value}}.
 
@@ -35,5 +37,5 @@ def layer_stats(model, idx, weights_before):
     return {name: dict(zip(layers, column, strict=True)) for name, column in zip(names, columns, strict=True)}
 
 
-def root_mean_square(tensors):
+def root_mean_square(tensors: list[torch.Tensor]) -> torch.Tensor:
     return (sum(t.float().square().sum() for t in tensors) / sum(t.numel() for t in tensors)).sqrt()

@@ -14,12 +14,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from config import UserError, one_line_errors, read_settings, setting
 
@@ -129,10 +131,11 @@ PEAK_FLOPS = {
     "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+T = TypeVar("T")
 ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
 
 
-def pick_device(name):
+def pick_device(name: str) -> torch.device:
     """The torch.device called name; for "auto" a GPU if there is one: cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -148,7 +151,7 @@ def pick_device(name):
     return device
 
 
-def best_dtype(device):
+def best_dtype(device: torch.device) -> str:
     """bfloat16 where the device has matrix instructions for it, else float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -158,14 +161,14 @@ def best_dtype(device):
     return "bfloat16" if fast else "float32"
 
 
-def choose_attention(device, dtype, block_size):
+def choose_attention(device: torch.device, dtype: str, block_size: int) -> None:
     """Turn the fused attention off where it is slow, in bfloat16 on CPUs: up to 128 tokens a step takes a tenth to a
     fifth less without it."""
     slow = device.type == "cpu" and dtype == "bfloat16" and block_size <= 128
     torch.backends.cuda.enable_flash_sdp(not slow)  # says cuda, but is for all devices
 
 
-def flops_per_token(model):
+def flops_per_token(model: MiniGPT) -> int:
     """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
     forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
     config = model.config
@@ -173,7 +176,7 @@ def flops_per_token(model):
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def learning_rate(step, s):
+def learning_rate(step: int, s: Settings) -> float:
     """The learning rate of the update after `step` updates: linear warm-up, then half a cosine (Loshchilov & Hutter
     2017, equation 5) from learning_rate down to min_lr."""
     if not s.decay_lr:
@@ -208,7 +211,7 @@ class MuonAndAdamW:
             optimizer.load_state_dict(state)
 
 
-def make_optimizer(model, s):
+def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.AdamW | MuonAndAdamW:
     """AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not.
 
     With optimizer=muon the matrices of the blocks go to Muon (Jordan et al. 2024) instead, whose update is their
@@ -229,7 +232,7 @@ def make_optimizer(model, s):
     return MuonAndAdamW(torch.optim.Muon(muon, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
-def load_windows(tokens, starts, config):
+def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
 
     Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
@@ -241,14 +244,16 @@ def load_windows(tokens, starts, config):
     return windows[:, :-1], windows[:, 1:]
 
 
-def training_batch(tokens, config, seed, step, first, n):
+def training_batch(
+    tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
     place in the batch: not on the number of ranks, nor on where the run was interrupted."""
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - config.block_size, size=first + n)[first:]
     return load_windows(tokens, starts, config)
 
 
-def prefetch(load, keys):
+def prefetch(load: Callable[..., T], keys: Iterable[tuple]) -> Iterator[T]:
     """Yield load(*key) for each key, loading the next in a thread while the last is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = None
@@ -261,7 +266,9 @@ def prefetch(load, keys):
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, batch_size, eval_iters=0, rank=0, world_size=1):
+def evaluate(
+    model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters: int = 0, rank: int = 0, world_size: int = 1
+) -> float:
     """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
 
     All of the split for eval_iters = 0, otherwise eval_iters batches; every rank reads its share.
@@ -282,7 +289,7 @@ def evaluate(model, tokens, batch_size, eval_iters=0, rank=0, world_size=1):
     return total.item() / n
 
 
-def find_dataset(name):
+def find_dataset(name: str) -> str:
     """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
     if (DATA / name / "train.bin").exists():
         return name
@@ -301,7 +308,7 @@ def find_dataset(name):
         return find_dataset("python_docs")
 
 
-def join_ranks(backend, timeout):
+def join_ranks(backend: str, timeout: timedelta) -> None:
     """dist.init_process_group, also where torchrun starts the job again after a failure.
 
     The store in which ranks find each other outlives the failure, and has the addresses of dead processes (PyTorch
@@ -322,7 +329,7 @@ def join_ranks(backend, timeout):
 
 
 @contextmanager
-def explained():
+def explained() -> Iterator[None]:
     """Say what to do about those of torch's errors that a user can put right."""
     try:
         yield
@@ -341,7 +348,7 @@ def explained():
 
 @one_line_errors()
 @explained()
-def main(s):
+def main(s: Settings) -> None:
     # ranks: torchrun starts one process a rank and tells each its place
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if s.gradient_accumulation_steps % world_size:
