@@ -88,12 +88,14 @@ def read_series(out_dir: str | Path) -> dict[str, tuple[list[int], list[float], 
 
 
 def running_mean(values: list[float], width: int) -> list[float]:
-    """The mean of up to width values around each; NaN counts for nothing."""
-    means = []
-    for i in range(len(values)):
-        near = [v for v in values[max(0, i - width // 2) : i + width // 2 + 1] if not math.isnan(v)]
-        means.append(sum(near) / len(near) if near else math.nan)
-    return means
+    """The mean of the width values around each, of fewer at the ends; NaN counts for nothing."""
+    known = ~np.isnan(np.array(values, float))
+    sums = np.cumsum([0.0, *np.where(known, values, 0.0)])
+    counts = np.cumsum([0, *known])
+    place = np.arange(len(values))
+    first, end = np.maximum(place - width // 2, 0), np.minimum(place + width // 2 + 1, len(values))
+    with np.errstate(invalid="ignore"):  # where all are NaN, so is the mean
+        return ((sums[end] - sums[first]) / (counts[end] - counts[first])).tolist()
 
 
 def draw_run(out_dir: str | Path, compare: str = "", file: str = "") -> Path:

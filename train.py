@@ -541,7 +541,7 @@ def main(s: Settings) -> None:
             try:
                 say(f"picture: {draw_run(out_dir)}")
             except Exception as error:
-                say(f"no loss.png: {str(error).splitlines()[0]}")
+                say(f"no loss.png: {' '.join(str(error).split())[:200]}")
 
     signals = []  # (number, time) of each SIGINT and SIGTERM
 
