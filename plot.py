@@ -215,13 +215,14 @@ def draw_attention(out_dir: str | Path, prompt: str, file: str = "") -> Path:
             picture = axis.imshow(maps[layer, head].masked_fill(future, math.nan).numpy(), cmap="Blues", vmin=0, vmax=1)
             axis.set_facecolor(GRID)  # the future, which is masked
             axis.spines[:].set_visible(False)
-            axis.tick_params(color=GRID, labelcolor=INK, length=0)
-            if T <= 48:
-                axis.set_xticks(range(T), tokens, rotation=90 if max(map(len, tokens)) > 1 else 0, fontsize=8)
-                axis.set_yticks(range(T), tokens, fontsize=8)
+            axis.tick_params(labelcolor=INK, labelsize=8, length=0)
+            axis.tick_params(axis="x", labelrotation=90 if max(map(len, tokens)) > 1 else 0)
             if layer == 0:
                 axis.set_title(f"head {head}", color=INK, fontsize=11)
         axes[layer, 0].set_ylabel(f"layer {layer}", color=INK, fontsize=11)
+    if T <= 48:  # more could not be read; all maps share these
+        axes[0, 0].set_xticks(range(T), tokens)
+        axes[0, 0].set_yticks(range(T), tokens)
     bar = figure.colorbar(picture, ax=axes, shrink=0.4, aspect=30)
     bar.set_label("attention: share of each token to the left (a row sums to 1)", color=MUTED)
     bar.outline.set_visible(False)
