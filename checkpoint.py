@@ -4,8 +4,11 @@ import json
 import operator
 import os
 import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
@@ -13,7 +16,7 @@ from config import UserError
 from model import GPTConfig
 
 
-def write_whole(path, write):
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write path by write(file), so that at every moment path is a whole file, the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -26,12 +29,12 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write state, a dictionary of plain values and tensors, to path. Raises OSError or RuntimeError if it can't."""
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint at path, on the CPU. Runs no code that may be in it, and takes no more memory than it is large;
     raises whatever Exception the damage leads to."""
     with zipfile.ZipFile(path) as archive:
@@ -47,7 +50,7 @@ def read_checkpoint(path):
     return state
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """read_checkpoint, with a UserError if it fails that names the newest checkpoint beside it that is whole."""
     try:
         return read_checkpoint(path)
@@ -63,7 +66,7 @@ def load_checkpoint(path):
 
 
 @contextmanager
-def refused(path):
+def refused(path: Path) -> Iterator[None]:
     """What is read from path may be anything: turn what it leads to into one line."""
     try:
         yield
@@ -74,7 +77,7 @@ def refused(path):
         raise UserError(f"{path} does not fit this program ({type(error).__name__}: {reason})") from error
 
 
-def model_config(state):
+def model_config(state: dict[str, Any]) -> GPTConfig:
     """The GPTConfig of a checkpoint. Raises an Exception for what can't be one."""
     config = GPTConfig(**state["model_args"])
     if config.n_layer > len(state["model"]):  # before it is built, layer by layer
@@ -82,7 +85,7 @@ def model_config(state):
     return config
 
 
-def check_same_run(path, state, config, tokenizer):
+def check_same_run(path: Path, state: dict[str, Any], config: GPTConfig, tokenizer: dict[str, Any]) -> None:
     """Raise UserError if the checkpoint from path is of a model with other sizes, or was trained on other data."""
 
     def differing(theirs, ours, but):
@@ -100,7 +103,7 @@ def check_same_run(path, state, config, tokenizer):
         raise UserError(f"{path} is of another model ({sizes}): give its sizes, or another --out_dir")
 
 
-def restore(state, model, optimizer, scaler):
+def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: Any, scaler: torch.amp.GradScaler) -> list[int]:
     """Load a checkpoint into model, optimiser (its momenta: the settings are those of this run) and scaler.
 
     Returns its counts: step, worse_evals, bad_steps, skipped. Raises an Exception for whatever does not fit.
@@ -126,7 +129,7 @@ def restore(state, model, optimizer, scaler):
     return counts
 
 
-def lock(path):
+def lock(path: Path) -> TextIO:
     """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
     file = path.open("a")
     try:
@@ -147,7 +150,7 @@ def lock(path):
     return file
 
 
-def cut_metrics(path, step):
+def cut_metrics(path: Path, step: int) -> None:
     """Drop the lines of path that came after step, and a torn last one: the run will write them again."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:

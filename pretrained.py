@@ -198,6 +198,22 @@ def load_pretrained_tokenizer(name_or_path: str | Path) -> ByteTokenizer | None:
     return tokenizer if tokenizer and tokenizer.vocab_size == config.vocab_size else None
 
 
+def check_same_tokens(name: str, vocab_size: int, dataset: dict) -> None:
+    """Raise UserError if the token ids of a dataset (its meta data) are not those that the weights called name know."""
+    theirs = None
+    with suppress(UserError):  # where it can't be had, the number of tokens must do
+        theirs = load_pretrained_tokenizer(name)
+    same = dataset["vocab_size"] == vocab_size
+    if same and theirs:
+        ours = load_tokenizer(dataset)
+        same = all(ours.decode_bytes([i]) == theirs.decode_bytes([i]) for i in range(vocab_size))
+    if not same:
+        raise UserError(
+            f"the {vocab_size:,} tokens of {name} are not the {dataset['vocab_size']:,} of data/{dataset['dataset']}: "
+            f"prepare the text with --tokenizer={'gpt2' if vocab_size == 50257 else name}"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Out.
 

@@ -9,6 +9,7 @@ The text goes to stdout as it is made, with several samples the first one; all e
 
 import codecs
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ class Settings:
     top_p: float = setting(1.0, "choose among the likeliest tokens that together have this probability", 1e-6, 1.0)
     repetition_penalty: float = setting(1.0, "above 1, tokens that were there already get less likely", low=1.0)
     stop_at_eos: bool = setting(True, "end a text at the tokenizer's end-of-text token")
+    show_probs: bool = setting(False, "colour each new token by its probability, where the output is a terminal")
+    alternatives: int = setting(0, "list so many other likely tokens for each new one of the first text, on stderr",
+                                low=0)  # fmt: skip
     seed: int = setting(1337, "the same seed writes the same text", low=0)
     device: str = setting("auto", "cpu, cuda, mps, ...; auto is the best there is")
     dtype: str = setting(
@@ -104,8 +108,11 @@ class StaticKVCache(KVCache):
 
 @torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
-           eos_token=None, generator=None):  # fmt: skip
-    """Yield the tokens that follow idx (B, T), one (B,) tensor at a time, as `generate` describes."""
+           eos_token=None, generator=None, observe=None):  # fmt: skip
+    """Yield the tokens that follow idx (B, T), one (B,) tensor at a time, as `generate` describes.
+
+    observe(logits) is called before each with what the model predicts, (B, vocab_size).
+    """
     B, T = idx.shape
     if T == 0:
         raise ValueError("the prompt is empty: it needs at least one token")
@@ -132,6 +139,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         if n_read < B:
             n_read = B
             logits, cache = logits.expand(B, -1), cache.expand(B)
+        if observe:
+            observe(logits)
         if repetition_penalty != 1.0:  # (Keskar et al. 2019, section 4.1)
             penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
             logits = torch.where(seen, penalized, logits)
@@ -205,6 +214,11 @@ def compile_step(model, **options):
     return model
 
 
+def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
+    """The path of the checkpoint called name in out_dir, by default best.pt, or last.pt where there is none."""
+    return Path(out_dir) / (name or ("best.pt" if Path(out_dir, "best.pt").exists() else "last.pt"))
+
+
 def load_model(path, device="cpu"):
     """Return (model in eval mode, tokenizer, checkpoint) of the checkpoint at path."""
     path = Path(path)
@@ -224,10 +238,25 @@ def load_model(path, device="cpu"):
         return model.to(device, torch.float32).eval(), tokenizer, state
 
 
+COLORS = ((0.9, 114), (0.5, 157), (0.1, 229), (0.01, 216), (0.0, 210))  # probability of at least, xterm colour
+
+
+def paint(text: str, probability: float) -> str:
+    """text in black on green (likely) to red (unlikely), by the escape codes of terminals."""
+    code = next(color for low, color in COLORS if probability >= low)
+    # the colour ends before a new line: a terminal would fill the rest of the line with it
+    return "\n".join(f"\033[30;48;5;{code}m{line}\033[0m" if line else "" for line in text.split("\n"))
+
+
+def describe_choice(probs, token, n, decode):
+    """A line on a token that was drawn: its probability, and the n likeliest others. probs: (vocab_size,)."""
+    others = [i for i in probs.topk(min(n + 1, len(probs))).indices.tolist() if i != token][:n]
+    return " | ".join(f"{decode([i])!r} {probs[i]:.1%}" for i in [token, *others])
+
+
 @one_line_errors()
 def main(s):
-    out_dir = Path(s.out_dir)
-    path = out_dir / (s.checkpoint or ("best.pt" if (out_dir / "best.pt").exists() else "last.pt"))
+    path = find_checkpoint(s.out_dir, s.checkpoint)
     device = pick_device(s.device)
     dtype = s.dtype
     if dtype == "auto":
@@ -265,21 +294,37 @@ def main(s):
     generator = torch.Generator(device).manual_seed(s.seed)
     options = (s.temperature, s.top_k, s.top_p, s.repetition_penalty, eos_token, generator)
     texts = [[] for _ in range(s.num_samples)]
+    colored = s.show_probs and sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # (no-color.org)
+    probs, choices = None, []
+
+    def observe(logits):
+        nonlocal probs
+        probs = logits[0].float().softmax(-1)  # of the first text: what the model says, before temperature and the rest
+
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     # a character may be several tokens: the decoder holds their bytes back until it is whole
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     start = time.perf_counter()
     print(prompt, end="", flush=True)
-    for tokens in stream(model, idx, s.max_new_tokens, *options):
+    looking = colored or s.alternatives > 0
+    for tokens in stream(model, idx, s.max_new_tokens, *options, observe if looking else None):
         for text, token in zip(texts, tokens.tolist(), strict=True):
             if token != eos_token:
                 text.append(token)
         if tokens[0] != eos_token:
-            print(decoder.decode(tokenizer.decode_bytes(texts[0][-1:])), end="", flush=True)
+            piece = decoder.decode(tokenizer.decode_bytes(texts[0][-1:]))
+            print(paint(piece, probs[tokens[0]]) if colored else piece, end="", flush=True)
+            if s.alternatives:
+                choices.append(describe_choice(probs, texts[0][-1], s.alternatives, tokenizer.decode))
     print(decoder.decode(b"", final=True))
     seconds = time.perf_counter() - start
     for text in texts[1:]:
         print(f"---------------\n{prompt}{tokenizer.decode(text)}")
+    if colored:
+        legend = " ".join(paint(f" from {low:.0%} ", low) for low, _ in COLORS)
+        print(f"the model's probability: {legend}", file=sys.stderr)
+    for choice in choices:
+        print(choice, file=sys.stderr)
     n_tokens = sum(map(len, texts))
     print(f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 

@@ -5,7 +5,7 @@ python train.py config/shakespeare.py --max_iters=200      any setting can be gi
 torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs
 
 Run the same command again to go on where it stopped. Everything it makes is in out_dir: last.pt (to go on from),
-best.pt (the lowest validation loss) and metrics.jsonl.
+best.pt (the lowest validation loss), metrics.jsonl and, at the end, its picture loss.png.
 """
 
 import json
@@ -14,12 +14,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from config import UserError, one_line_errors, read_settings, setting
 
@@ -68,6 +70,14 @@ class Settings:
     save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", low=0)
     save_minutes: float = setting(10.0, "minutes between saves, whatever the step", low=0.0)
     log_interval: int = setting(10, "steps between log lines", low=1)
+    plot: bool = setting(True, "draw out_dir/loss.png at the end (needs matplotlib)")
+    tensorboard: bool = setting(
+        False, "write the metrics for TensorBoard too, to out_dir/tensorboard (needs tensorboard)"
+    )
+    # finding mistakes
+    overfit: bool = setting(False, "train on one batch again and again and write nothing: a model that learns gets its "
+                                   "loss to near zero")  # fmt: skip
+    log_stats: bool = setting(False, "with each log line, activations, gradients, weights and updates layer by layer")
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best there is")
     dtype: str = setting(
@@ -94,6 +104,8 @@ class Settings:
             raise UserError(f"warmup_iters ({self.warmup_iters}) must not be more than the run ({self.lr_decay_iters})")
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr ({self.min_lr}) must not be above learning_rate ({self.learning_rate})")
+        if self.overfit:
+            self.dropout = 0.0  # it is there to hinder this
 
 
 if __name__ == "__main__":  # before torch is loaded, which takes seconds: --help and mistakes are answered at once
@@ -118,8 +130,10 @@ from checkpoint import (
     save_checkpoint,
 )
 from model import GPTConfig, MiniGPT
-from prepare_data import BUILT_IN, DATA, load_tokenizer, open_dataset, prepare
-from pretrained import load_pretrained, load_pretrained_tokenizer
+from plot import draw_run
+from prepare_data import BUILT_IN, DATA, open_dataset, prepare
+from pretrained import check_same_tokens, load_pretrained
+from stats import layer_stats
 
 # dense bfloat16 FLOP/s by the makers' data sheets, by a part of the device's name; the first that fits counts
 PEAK_FLOPS = {
@@ -127,10 +141,11 @@ PEAK_FLOPS = {
     "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+T = TypeVar("T")
 ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
 
 
-def pick_device(name):
+def pick_device(name: str) -> torch.device:
     """The torch.device called name; for "auto" a GPU if there is one: cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -146,7 +161,7 @@ def pick_device(name):
     return device
 
 
-def best_dtype(device):
+def best_dtype(device: torch.device) -> str:
     """bfloat16 where the device has matrix instructions for it, else float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -156,14 +171,14 @@ def best_dtype(device):
     return "bfloat16" if fast else "float32"
 
 
-def choose_attention(device, dtype, block_size):
+def choose_attention(device: torch.device, dtype: str, block_size: int) -> None:
     """Turn the fused attention off where it is slow, in bfloat16 on CPUs: up to 128 tokens a step takes a tenth to a
     fifth less without it."""
     slow = device.type == "cpu" and dtype == "bfloat16" and block_size <= 128
     torch.backends.cuda.enable_flash_sdp(not slow)  # says cuda, but is for all devices
 
 
-def flops_per_token(model):
+def flops_per_token(model: MiniGPT) -> int:
     """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
     forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
     config = model.config
@@ -171,7 +186,7 @@ def flops_per_token(model):
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-def learning_rate(step, s):
+def learning_rate(step: int, s: Settings) -> float:
     """The learning rate of the update after `step` updates: linear warm-up, then half a cosine (Loshchilov & Hutter
     2017, equation 5) from learning_rate down to min_lr."""
     if not s.decay_lr:
@@ -206,7 +221,7 @@ class MuonAndAdamW:
             optimizer.load_state_dict(state)
 
 
-def make_optimizer(model, s):
+def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.AdamW | MuonAndAdamW:
     """AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not.
 
     With optimizer=muon the matrices of the blocks go to Muon (Jordan et al. 2024) instead, whose update is their
@@ -227,7 +242,7 @@ def make_optimizer(model, s):
     return MuonAndAdamW(torch.optim.Muon(muon, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
-def load_windows(tokens, starts, config):
+def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
 
     Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
@@ -239,14 +254,16 @@ def load_windows(tokens, starts, config):
     return windows[:, :-1], windows[:, 1:]
 
 
-def training_batch(tokens, config, seed, step, first, n):
+def training_batch(
+    tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
     place in the batch: not on the number of ranks, nor on where the run was interrupted."""
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - config.block_size, size=first + n)[first:]
     return load_windows(tokens, starts, config)
 
 
-def prefetch(load, keys):
+def prefetch(load: Callable[..., T], keys: Iterable[tuple]) -> Iterator[T]:
     """Yield load(*key) for each key, loading the next in a thread while the last is used."""
     with ThreadPoolExecutor(1) as pool:
         coming = None
@@ -259,7 +276,9 @@ def prefetch(load, keys):
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, batch_size, eval_iters=0, rank=0, world_size=1):
+def evaluate(
+    model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters: int = 0, rank: int = 0, world_size: int = 1
+) -> float:
     """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
 
     All of the split for eval_iters = 0, otherwise eval_iters batches; every rank reads its share.
@@ -280,7 +299,7 @@ def evaluate(model, tokens, batch_size, eval_iters=0, rank=0, world_size=1):
     return total.item() / n
 
 
-def find_dataset(name):
+def find_dataset(name: str) -> str:
     """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
     if (DATA / name / "train.bin").exists():
         return name
@@ -299,23 +318,7 @@ def find_dataset(name):
         return find_dataset("python_docs")
 
 
-def check_same_tokens(name, vocab_size, dataset):
-    """Raise UserError if the token ids of a dataset (its meta data) are not those that the weights called name know."""
-    theirs = None
-    with suppress(UserError):  # where it can't be had, the number of tokens must do
-        theirs = load_pretrained_tokenizer(name)
-    same = dataset["vocab_size"] == vocab_size
-    if same and theirs:
-        ours = load_tokenizer(dataset)
-        same = all(ours.decode_bytes([i]) == theirs.decode_bytes([i]) for i in range(vocab_size))
-    if not same:
-        raise UserError(
-            f"the {vocab_size:,} tokens of {name} are not the {dataset['vocab_size']:,} of data/{dataset['dataset']}: "
-            f"prepare the text with --tokenizer={'gpt2' if vocab_size == 50257 else name}"
-        )
-
-
-def join_ranks(backend, timeout):
+def join_ranks(backend: str, timeout: timedelta) -> None:
     """dist.init_process_group, also where torchrun starts the job again after a failure.
 
     The store in which ranks find each other outlives the failure, and has the addresses of dead processes (PyTorch
@@ -336,7 +339,7 @@ def join_ranks(backend, timeout):
 
 
 @contextmanager
-def explained():
+def explained() -> Iterator[None]:
     """Say what to do about those of torch's errors that a user can put right."""
     try:
         yield
@@ -355,7 +358,7 @@ def explained():
 
 @one_line_errors()
 @explained()
-def main(s):
+def main(s: Settings) -> None:
     # ranks: torchrun starts one process a rank and tells each its place
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if s.gradient_accumulation_steps % world_size:
@@ -368,6 +371,11 @@ def main(s):
     dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
     autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
     choose_attention(device, dtype, s.block_size)
+    if s.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--tensorboard needs tensorboard: pip install tensorboard, or leave it out") from error
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -397,7 +405,8 @@ def main(s):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
     if s.init_from == "scratch" and last.exists() and not restarted:
         raise UserError(f"{last} is a run already: leave --init_from out to go on with it, or give another --out_dir")
-    state = load_checkpoint(last) if s.init_from == "resume" or last.exists() else None
+    going_on = (s.init_from == "resume" or last.exists()) and not s.overfit
+    state = load_checkpoint(last) if going_on else None
 
     # model and optimiser
     torch.manual_seed(s.seed)
@@ -492,7 +501,7 @@ def main(s):
 
     def log(**record):
         """Append a line to metrics.jsonl; JSON has no NaN, so that is null."""
-        if rank > 0 or s.eval_only:
+        if rank > 0 or s.eval_only or s.overfit:
             return
         record = {"step": step, **record, "seconds": time.perf_counter() - begun}
         line = json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in record.items()})
@@ -503,11 +512,19 @@ def main(s):
         except OSError as error:  # a full disk, mostly: no half line may stay
             os.truncate(metrics, size)
             print(f"error: can't write {metrics}: {error}", file=sys.stderr)
+        if s.tensorboard:
+            try:
+                for key in record.keys() - {"step", "seconds"}:
+                    if record[key] is not None:
+                        board.add_scalar(key, record[key], step)
+                board.flush()  # so that a crash loses nothing
+            except OSError as error:
+                print(f"error: can't write for TensorBoard: {error}", file=sys.stderr)
 
     unsaved = set()  # files whose last save failed
 
     def save(path):
-        if rank > 0:
+        if rank > 0 or s.overfit:
             return
         if not all(p.isfinite().all() for p in raw_model.parameters()):
             raise UserError(f"weights are not finite at step {step}, and not saved: {ADVICE}")
@@ -536,10 +553,24 @@ def main(s):
     if s.eval_only:
         evaluate_now()
         return
-    if rank == 0:
+    if s.overfit:
+        say(
+            "overfitting: every step trains on the same batch, nothing is evaluated or saved; the loss should near zero"
+        )
+    elif rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
         out_dir_lock = lock(out_dir / "lock")  # noqa: F841 (held as long as this name is)
         cut_metrics(metrics, step)
+        if s.tensorboard:  # drops there too what came after the checkpoint
+            board = SummaryWriter(out_dir / "tensorboard", purge_step=step + 1)
+
+    def picture():
+        """Draw loss.png; that it can't be drawn, for whatever reason, is one line and no more."""
+        if rank == 0 and s.plot and not s.overfit:
+            try:
+                say(f"picture: {draw_run(out_dir)}")
+            except Exception as error:
+                say(f"no loss.png: {' '.join(str(error).split())[:200]}")
 
     signals = []  # (number, time) of each SIGINT and SIGTERM
 
@@ -560,6 +591,8 @@ def main(s):
     # train
     def load(step, micro_step):
         first = (micro_step * world_size + rank) * s.batch_size
+        if s.overfit:
+            step = first = 0
         return training_batch(train_tokens, config, s.seed, step, first, s.batch_size)
 
     batches = prefetch(load, ((i, j) for i in range(step, s.max_iters) for j in range(micro_steps)))
@@ -584,14 +617,22 @@ def main(s):
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), s.grad_clip or math.inf)
+        logging = (step + 1) % s.log_interval == 0 or step == 0
+        weights_before = None
+        if s.log_stats and logging and rank == 0:
+            weights_before = [p.detach().clone() for p in raw_model.parameters()]
         scaler.step(optimizer)  # does nothing where the gradient is not finite
         scaler.update()
+        stats = {}
+        if weights_before:
+            with autocast:
+                stats = layer_stats(raw_model, x, weights_before)
         raw_model.zero_grad()
         bad = ~grad_norm.isfinite()  # stays on the device, so that nothing waits
         bad_steps, skipped = (bad_steps + 1) * bad, skipped + bad
         step += 1
 
-        if step % s.log_interval == 0 or step == 1:
+        if logging:
             if world_size > 1:
                 dist.all_reduce(loss)
             loss, grad_norm = loss.item() / world_size, grad_norm.item()  # the only wait for the device
@@ -608,7 +649,12 @@ def main(s):
                 + (f" | {int(skipped)} steps skipped" if skipped else "")
             )
             log(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_sec=tokens_per_sec, ms_per_step=step_time * 1000,
-                mfu=mfu, skipped=int(skipped))  # fmt: skip
+                mfu=mfu, skipped=int(skipped),
+                **{f"{k}/{layer}": v for k, column in stats.items() for layer, v in column.items()})  # fmt: skip
+            if stats:
+                say("".join(f"{title:>12}" for title in ("layer", *stats)))
+                for layer in stats["weight"]:
+                    say(f"{layer:>12}" + "".join(f"{column[layer]:12.2e}" for column in stats.values()))
             if bad_steps >= s.max_bad_steps:
                 raise UserError(f"the gradient was not finite in {int(bad_steps)} steps up to step {step}: {ADVICE}")
 
@@ -616,7 +662,7 @@ def main(s):
         stop = torch.tensor(signals[0][0] if signals else 0)
         if world_size > 1:  # one rank's signal stops all of them, at the same step
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
-        evaluating = step % s.eval_interval == 0 or step == s.max_iters
+        evaluating = (step % s.eval_interval == 0 or step == s.max_iters) and not s.overfit
         if evaluating:
             val_loss = evaluate_now()
             worse_evals += 1
@@ -632,8 +678,9 @@ def main(s):
             save(last)
             last_save = time.perf_counter()
         if stop:
-            if not unsaved:
+            if not unsaved and not s.overfit:
                 say(f"{signal.Signals(int(stop)).name}: stopped after step {step}; the same command goes on from there")
+            picture()
             if world_size > 1:  # torchrun kills the others when one has ended, and rank 0 may still be saving
                 dist.barrier(group=cpu_group)
             end_by_signal(int(stop))
@@ -644,6 +691,10 @@ def main(s):
 
     if unsaved:
         raise UserError(f"{', '.join(map(str, unsaved))} could not be saved: see above")
+    if s.overfit:
+        say("done: where this loss is not near zero, training on more than a batch can't work either")
+        return
+    picture()
     say(f"done: best validation loss {best_val_loss:.4f}; let it write with python sample.py --out_dir={s.out_dir}")
 
 

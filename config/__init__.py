@@ -7,22 +7,27 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
     """Something that the user can put right; the message says how."""
 
 
-def setting(default, help, low=-math.inf, high=math.inf, choices=None):
+def setting(
+    default: Any, help: str, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] | None = None
+) -> Any:
     """A dataclass field with its meaning and the values it may have: low to high, or one of choices."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
-def read_settings(cls, argv, doc, positional=None):
+def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | None = None) -> T:
     """Return cls (a dataclass of `setting` fields) with values from argv; what stands later wins.
 
     `--key=value` and `--key value` set a field. Any other argument sets the field `positional`, or, without one,
@@ -60,7 +65,7 @@ def read_settings(cls, argv, doc, positional=None):
 
 
 @contextmanager
-def one_line_errors():
+def one_line_errors() -> Iterator[None]:
     """End with one line on stderr and exit status 2 where something is wrong that the user can put right."""
     try:
         yield

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+PRINTED = {"val_loss": r"step (\d+): .*val loss ([\d.]+)", "loss": r"iter (\d+): loss ([\d.]+)"}
 sys.path.insert(0, str(ROOT))
 
 from dataset import open_dataset
@@ -35,7 +36,10 @@ def run_nanogpt(folder, out_dir):
     process = subprocess.Popen([sys.executable, "-u", *command.split()], cwd=folder, stdout=subprocess.PIPE, text=True)
     with (out_dir / "metrics.jsonl").open("w", encoding="utf-8", newline="\n") as metrics:
         for line in process.stdout:
-            for pattern, name in ((r"step (\d+): .*val loss ([\d.]+)", "val_loss"), (r"iter (\d+): loss ([\d.]+)", "loss")):
+            for pattern, name in (
+                (r"step (\d+): .*val loss ([\d.]+)", "val_loss"),
+                (r"iter (\d+): loss ([\d.]+)", "loss"),
+            ):
                 if (found := re.match(pattern, line)) and (name == "val_loss" or int(found[1]) % 10 == 0):
                     record = {"step": int(found[1]), name: float(found[2]), "seconds": time.perf_counter() - begun}
                     metrics.write(json.dumps(record) + "\n")

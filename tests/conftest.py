@@ -19,7 +19,7 @@ TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the m
 TINY = {  # settings of a model and a run that take a second
     "dataset": "tiny", "out_dir": "out", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4,
     "gradient_accumulation_steps": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 0, "log_interval": 1,
-    "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False,
+    "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False, "plot": False,
 }  # fmt: skip
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -171,3 +173,44 @@ def test_a_compiled_step_is_compiled_once_and_writes_the_same(packed):
     assert torch.equal(generate(small, idx, 30, temperature=0), expected)
     assert torch.equal(generate(small, idx, 11, temperature=0), expected[:, :16])
     assert counter.frame_count == 1
+
+
+def test_the_probabilities_shown_are_those_of_the_model_also_past_block_size():
+    gpt = model()
+    idx = torch.randint(65, (2, 5))
+    seen = []
+    options = {"temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5, "observe": seen.append}
+    new = torch.stack(list(sample.stream(gpt, idx, 30, **options)), 1)
+    expected = []
+
+    def replay(logits):
+        expected.append(logits)
+        return new[:, len(expected) - 1 : len(expected)]
+
+    naive(gpt, idx, 30, replay)
+    torch.testing.assert_close(torch.stack(seen), torch.stack(expected), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("terminal, no_color", [(True, ""), (True, "1"), (False, "")])
+def test_tokens_are_coloured_in_terminals_only(train, capsys, monkeypatch, terminal, no_color):
+    train()
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **how: None, raising=False)
+    capsys.readouterr()
+    options = {"prompt": "To be", "max_new_tokens": 30, "device": "cpu"}
+    sample.main(sample.Settings(**options))
+    plain = capsys.readouterr().out
+    sample.main(sample.Settings(**options, show_probs=True, alternatives=2))
+    shown = capsys.readouterr()
+    colors = re.findall(r"\x1b\[[^m]*m", shown.out)
+    assert re.sub(r"\x1b\[[^m]*m", "", shown.out) == plain  # the same text
+    assert len(colors) == (2 * sum(c != "\n" for c in plain[5:-1]) if terminal and not no_color else 0)
+    assert len(re.findall(r"(?m)^.+ [0-9.]+% \| .+ [0-9.]+% \| .+ [0-9.]+%$", shown.err)) == 30
+
+
+def test_the_colour_tells_the_probability():
+    assert sample.paint("a\nb", 0.95) == "\033[30;48;5;114ma\033[0m\n\033[30;48;5;114mb\033[0m"
+    assert len({sample.paint("a", p) for p in (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)}) == 5
+    probs = torch.tensor([0.1, 0.6, 0.3])
+    assert sample.describe_choice(probs, 2, 5, lambda ids: "abc"[ids[0]]) == "'c' 30.0% | 'b' 60.0% | 'a' 10.0%"

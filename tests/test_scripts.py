@@ -52,7 +52,7 @@ def test_prepare_train_and_sample(run, trained):
     assert "no checkpoint nowhere" in fails(run("sample.py", "--out_dir=nowhere"))
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", "pretrained.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", "pretrained.py", "plot.py", "bench.py"])
 def test_help_is_instant(run, script):
     done = run(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0 and "Settings:" in done.stdout

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import flags
 from checkpoint import load_checkpoint, save_checkpoint
 from config import UserError
 from model import GPTConfig, MiniGPT
+from stats import layer_stats
 from train import (
     Settings,
     evaluate,
@@ -291,3 +293,68 @@ def test_two_ranks_equal_one(run):
     assert "going on from" in done.stdout and done.returncode == 0, done.stderr
     done = run("train.py", *flags(out_dir="three", gradient_accumulation_steps=3), ranks=2)
     assert "must be a multiple of the number of ranks" in done.stderr and done.returncode != 0
+
+
+def test_overfitting_nears_zero_on_one_batch_and_writes_nothing(train, capsys):
+    train(overfit=True, max_iters=150, lr_decay_iters=150, dropout=0.2, gradient_accumulation_steps=1, log_interval=150)
+    printed = capsys.readouterr().out
+    assert "the same batch" in printed and "validation" not in printed
+    first, last = (float(line.partition("loss ")[2].split()[0]) for line in printed.splitlines() if "| loss" in line)
+    assert first > 3 and last < 0.2
+    assert not Path("out").exists()
+    train()  # and a run that is there is neither gone on with nor touched
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    capsys.readouterr()
+    train(overfit=True)
+    assert "going on" not in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_layer_statistics_are_root_mean_squares():
+    torch.manual_seed(0)
+    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32))
+    idx = torch.randint(65, (3, 16))
+    model(idx, idx)[1].backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1.01
+    stats = layer_stats(model, idx, before)
+    assert list(stats) == ["activation", "gradient", "weight", "update"]
+    assert all(list(column) == ["embedding", "h.0", "h.1", "ln_f"] for column in stats.values())
+    x = model.h[0](model.wte(idx) + model.wpe.weight)
+    weights = torch.cat([p.flatten() for p in model.h[0].parameters()])
+    gradients = torch.cat([p.grad.flatten() for p in model.h[0].parameters()])
+    rms = [v.square().mean().sqrt().item() for v in (x, gradients, weights)]
+    assert [stats[name]["h.0"] for name in ("activation", "gradient", "weight")] == pytest.approx(rms)
+    assert list(stats["update"].values()) == pytest.approx([0.01 / 1.01] * 4, rel=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_looking_at_the_layers_changes_no_number(train, capsys):
+    train(out_dir="plain", dropout=0.2, log_interval=2)
+    capsys.readouterr()
+    train(out_dir="looked", dropout=0.2, log_interval=2, log_stats=True)
+    assert losses("plain") == losses("looked")
+    printed = capsys.readouterr().out
+    assert printed.count("activation    gradient      weight      update") == 4 == printed.count("h.1 ")
+    assert {"activation/h.1", "gradient/ln_f", "weight/embedding", "update/h.0"} <= metrics("looked")[0].keys()
+
+
+def test_tensorboard_has_each_step_once_also_after_a_resume(train, monkeypatch, capsys):
+    """Read back by TensorBoard itself."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(max_iters=6, tensorboard=True)
+    last = Path("out/last.pt")
+    saved = last.read_bytes()
+    train(max_iters=9, tensorboard=True)
+    last.write_bytes(saved)  # as if killed after step 9, before its save
+    train(max_iters=12, tensorboard=True)
+    events = accumulator.EventAccumulator("out/tensorboard")
+    events.Reload()
+    for name in ("loss", "lr", "val_loss", "bits_per_byte"):
+        written = [(record["step"], record[name]) for record in metrics() if name in record]
+        read = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert written == read and len(written) == len(set(written))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in fails(capsys, train, tensorboard=True)
