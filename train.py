@@ -222,7 +222,8 @@ def load_windows(tokens, starts, config):
 
     Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
     """
-    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64))
+    windows = np.stack([tokens[start : start + config.block_size + 1] for start in starts])
+    windows = torch.from_numpy(windows.astype(np.int64))
     if windows.max() >= config.vocab_size:
         where = getattr(tokens, "filename", "the data")
         raise UserError(f"{where} has the token id {windows.max()}, outside the vocabulary of {config.vocab_size}")
