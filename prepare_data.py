@@ -38,9 +38,9 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError, one_line_errors, read_settings, setting
+from dataset import DATA, shard_name
 from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
 
-DATA = Path("data")
 CHUNK_BYTES = 1 << 20  # what is read and encoded at a time: memory stays a small multiple of it
 SHARD_TOKENS = 1 << 29  # the length of a token file: one or two GiB
 SAMPLE_CHARS = 1 << 25  # what a BPE is learned from, at most
@@ -165,35 +165,34 @@ def unzipped(raw):
 def read_documents(sources, on_read=lambda n: None):
     """Yield every document, to be used up before the next; on_read is told how many bytes of the sources are read."""
 
-    def watched(raw, items):
+    def watched(source, raw, items):
         position = 0
-        for item in items:
-            on_read(raw.tell() - position)
-            position = raw.tell()
-            yield item
+        try:
+            for item in items:
+                on_read(raw.tell() - position)
+                position = raw.tell()
+                yield item
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{source.name} is damaged: {error}") from error
 
     for source in sources:
         if source.size is None:
-            yield from read_rows(source, source.open())
+            for document in read_rows(source, source.open()):
+                on_read(sum(map(len, document)))
+                yield document
             continue
         with source.open() as raw:
-            try:
-                if source.rows:
-                    yield from read_rows(source, watched(raw, unzipped(raw)))
-                else:
-                    yield watched(raw, read_text(source, raw))
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{source.name} is damaged: {error}") from error
+            if source.rows:
+                yield from read_rows(source, watched(source, raw, unzipped(raw)))
+            else:
+                yield watched(source, raw, read_text(source, unzipped(raw)))
 
 
-def read_text(source, raw):
+def read_text(source, stream):
     """Yield the text of a stream in chunks of at most CHUNK_BYTES."""
-    decoder, stream, offset = codecs.getincrementaldecoder("utf-8")(), unzipped(raw), 0
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
     while True:
-        try:
-            data = stream.read(CHUNK_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{source.name} is damaged: {error}") from error
+        data = stream.read(CHUNK_BYTES)
         pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
         try:
             text = decoder.decode(data, final=not data)
@@ -303,7 +302,7 @@ def survey(sources, tokenizer):
 
 
 class Progress:
-    """A line on stderr with share, MB/s and time left, from the second second on."""
+    """A line on stderr with share, MB/s and time left, from the second second on; for a total of 0 nobody knows it."""
 
     def __init__(self, what, total):
         self.what, self.total = what, total
@@ -315,18 +314,13 @@ class Progress:
         if seconds > 2 and (seconds - self.shown > 0.5 or self.done == self.total):
             self.shown = seconds
             rate = self.done / 1e6 / seconds
-            left = (self.total - self.done) / 1e6 / max(rate, 1e-9)
-            print(
-                f"\r{self.what}: {self.done / max(1, self.total):4.0%} of {self.total / 1e6:,.0f} MB, "
-                f"{rate:.1f} MB/s, {left:.0f} s left ",
-                end="" if self.done < self.total else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def shard_name(split, number):
-    return f"{split}_{number:05d}.bin" if number else f"{split}.bin"
+            line = f"{self.done / 1e6:,.0f} MB, {rate:.1f} MB/s "
+            if self.total:
+                left = (self.total - self.done) / 1e6 / max(rate, 1e-9)
+                line = (
+                    f"{self.done / self.total:4.0%} of {self.total / 1e6:,.0f} MB, {rate:.1f} MB/s, {left:.0f} s left "
+                )
+            print(f"\r{self.what}: {line}", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
 
 
 class ShardWriter:
@@ -479,13 +473,15 @@ def prepare(name, input="", tokenizer="char", val_share=0.1, workers=None):
     if (partial / "meta.json").exists():
         publish(partial, folder)
         partial.mkdir()
-    progress = Progress("encoding", sum(source.size or 0 for source in sources))
+
+    def batches():
+        progress = Progress("encoding", sum(source.size or 0 for source in sources))
+        return in_batches(read_documents(sources, progress.add), n_train, val_share)
+
     task = [[s.name for s in sources], encoder.meta, n_train, val_share, CHUNK_BYTES, SHARD_TOKENS, dtype.name]
     task = hashlib.sha256(json.dumps(task).encode()).hexdigest()
-    journal, batches = go_on(
-        partial, task, lambda: in_batches(read_documents(sources, progress.add), n_train, val_share)
-    )
-    journal = encode(partial, encoder, dtype, journal, batches, workers or os.cpu_count() or 1)
+    journal, rest = go_on(partial, task, batches)
+    journal = encode(partial, encoder, dtype, journal, rest, workers or os.cpu_count() or 1)
     for split, n in journal["tokens"].items():
         if n == 0:
             shutil.rmtree(partial)
@@ -505,87 +501,6 @@ def prepare(name, input="", tokenizer="char", val_share=0.1, workers=None):
     }
     write_json(partial / "meta.json", meta)
     return publish(partial, folder)
-
-
-class Tokens:
-    """The tokens of a split: its shards, memory-mapped, as one array that can be sliced."""
-
-    def __init__(self, paths, dtype):
-        self.filename = paths[0]
-        self.shards = [np.memmap(path, dtype, mode="r").view(np.ndarray) for path in paths]
-        self.shard_tokens = len(self.shards[0])
-        if any(len(shard) != self.shard_tokens for shard in self.shards[:-1]):
-            raise UserError(f"the shards of {paths[0]} are not of one length: prepare the dataset again")
-
-    def __len__(self):
-        return self.shard_tokens * (len(self.shards) - 1) + len(self.shards[-1])
-
-    def __getitem__(self, positions):
-        """The tokens at a slice of positions, an array also where they lie in several shards."""
-        start, stop, _ = positions.indices(len(self))
-        n = self.shard_tokens
-        numbers = range(start // n, max(start, stop - 1) // n + 1)
-        parts = [self.shards[i][max(0, start - i * n) : max(0, stop - i * n)] for i in numbers if i < len(self.shards)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.shards[0].dtype), *parts])
-
-
-def fingerprint(tokens):
-    """A hash of a split's length and of up to 256 MB of it, in evenly spaced blocks: changes show, and it is quick."""
-    itemsize = tokens.shards[0].itemsize
-    size, block, count = len(tokens) * itemsize, 1 << 18, 1 << 10
-    digest = hashlib.sha256(str(size).encode())
-    for i in range(count):
-        start = i * size // count if size > block * count else i * block
-        if start < size:
-            part = tokens[start // itemsize : (start + block) // itemsize + 1].view(np.uint8)
-            digest.update(part[start % itemsize :][:block])
-    return digest.hexdigest()
-
-
-def open_dataset(name):
-    """Return (train tokens, validation tokens, meta) of data/name, the tokens as memory-mapped Tokens.
-
-    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for what can't be trained on.
-    """
-    folder = DATA / name
-    if Path(name).name != name or not folder.is_dir():
-        raise UserError(f"no dataset {folder}: python prepare_data.py NAME --input PATH makes one")
-    if (folder / "partial" / "meta.json").exists():
-        raise UserError(f"{folder} was interrupted while its files were replaced: prepare the dataset again")
-    meta = {"dataset": name, "source": f"{folder}, prepared by nanoGPT", "tokenizer": "gpt2", "dtype": "uint16"}
-    meta["vocab_size"] = 50257
-    if (folder / "meta.json").exists():
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if meta["dtype"] not in ("uint16", "uint32"):
-                raise ValueError(f"dtype {meta['dtype']}")
-            if meta["vocab_size"] != load_tokenizer(meta).vocab_size:
-                raise ValueError("vocab_size is not the tokenizer's")
-            if not all(
-                type(meta[f"{split}_{what}"]) is int for split in ("train", "val") for what in ("tokens", "bytes")
-            ):
-                raise ValueError("the counts are not numbers")
-            if type(meta["source"]) is not str or meta["val_bytes"] < 1:
-                raise ValueError("no source or no bytes")
-        except Exception as error:  # it may hold anything
-            raise UserError(f"{folder / 'meta.json'} is damaged ({error}): prepare the dataset again") from error
-    elif (folder / "meta.pkl").exists():
-        raise UserError(
-            f"{folder} has nanoGPT's character-level form, whose meta.pkl is a pickle and is not opened: prepare "
-            f"the text again, python prepare_data.py {name} --input {folder / 'input.txt'}"
-        )
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    splits = []
-    for split in ("train", "val"):
-        paths = [folder / f"{split}.bin", *sorted(folder.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].bin"))]
-        if not paths[0].is_file():
-            raise UserError(f"no {paths[0]}: prepare the dataset again")
-        size = sum(path.stat().st_size for path in paths)
-        damaged = any(path.stat().st_size % dtype.itemsize or path.stat().st_size == 0 for path in paths)
-        if damaged or size // dtype.itemsize != meta.get(f"{split}_tokens", size // dtype.itemsize):
-            raise UserError(f"{paths[0]} has {size:,} bytes, not what it should have: prepare the dataset again")
-        splits.append(Tokens(paths, dtype))
-    return *splits, meta | {"fingerprint": [fingerprint(tokens) for tokens in splits]}
 
 
 @one_line_errors()

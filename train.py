@@ -108,8 +108,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import check_same_run, cut_metrics, load_checkpoint, lock, refused, restore, save_checkpoint
+from dataset import DATA, open_dataset
 from model import GPTConfig, MiniGPT
-from prepare_data import BUILT_IN, DATA, open_dataset, prepare
+from prepare_data import BUILT_IN, prepare
 
 # dense bfloat16 FLOP/s by the makers' data sheets, by a part of the device's name; the first that fits counts
 PEAK_FLOPS = {

@@ -16,7 +16,8 @@ from conftest import ROOT, TEXT
 
 import prepare_data
 from config import UserError
-from prepare_data import open_dataset, prepare
+from dataset import open_dataset
+from prepare_data import prepare
 from tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
 UNICODE = "naïve façade, 'tis \r\n\t “quoted” ☃ 漢字 🤖👩‍👩‍👧 \u200b e\u0301 \x00 <|endoftext|>  end \n\n"
