@@ -368,16 +368,15 @@ def go_on(partial, task, batches):
     """Return (journal, batches): what an interrupted preparation of the same task had done, and the batches after it;
     a fresh journal and all batches if there was none or the text is another one."""
     fresh = {"task": task, "batches": 0, "tokens": {"train": 0, "val": 0}, "bytes": {"train": 0, "val": 0}}
-    try:
-        journal = json.loads((partial / "journal.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return fresh, batches()
-    if journal["task"] == task:
+    path = partial / "journal.json"
+    journal = json.loads(path.read_text(encoding="utf-8")) if path.exists() else fresh
+    if journal["task"] == task and journal["batches"]:
         rest = batches()
         last = deque(islice(rest, journal["batches"]), maxlen=1)  # reading is much faster than encoding
         if last and last[0][2].hexdigest() == journal["sha256"]:
             print(f"going on after {sum(journal['bytes'].values()) / 1e6:,.0f} MB of text", file=sys.stderr)
             return journal, rest
+    path.unlink(missing_ok=True)  # first: what it speaks of will be overwritten
     return fresh, batches()
 
 

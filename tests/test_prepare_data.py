@@ -382,6 +382,12 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(
     assert files_of("killed") == files_of("whole")
     assert not Path("data/killed/partial").exists()
 
+    interrupted("killed", input, batches=9)
+    interrupted("killed", "tiny.txt", batches=0)  # something else is begun over it
+    prepare("killed", input, "gpt2")
+    assert "going on after" not in capsys.readouterr().err
+    assert files_of("killed") == files_of("whole")
+
     interrupted("killed", input, batches=9)  # and starts again when the text, though as long, is another one
     changed = Path(input).read_text(encoding="utf-8").replace("be", "so")
     Path(input).write_text(changed, encoding="utf-8", newline="\n")
