@@ -4,29 +4,17 @@ import json
 import operator
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
 import torch
 
 from config import UserError
+from files import write_whole
 from model import GPTConfig
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write path by write(file), so that at every moment path is a whole file, the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -127,27 +115,6 @@ def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: Any, scale
     if not all(0 <= count < 2**31 for count in (*counts, growth)):
         raise ValueError("a count is out of range")
     return counts
-
-
-def lock(path: Path) -> TextIO:
-    """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
-    file = path.open("a")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(
-            f"another process is training in {path.parent}: wait for it, or give another --out_dir"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    return file
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -33,7 +33,7 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 import numpy as np
 import torch
 
-from checkpoint import write_whole
+from files import write_whole
 from model import MiniGPT
 
 if TYPE_CHECKING:

@@ -2,20 +2,35 @@
 
 python prepare_data.py shakespeare                         tiny Shakespeare, downloaded, a token a character
 python prepare_data.py python_docs                         Python's own reference manual: needs no network
-python prepare_data.py NAME --input PATH --tokenizer=gpt2  your own UTF-8 text: a file, or a folder of files
+python prepare_data.py NAME --input PATH --tokenizer=gpt2  your own UTF-8 text, or JSON lines with a "text" each
 
-Writes data/NAME/train.bin (the first 90 % of the characters) and val.bin (the rest): token ids, one after the
-other, as little-endian uint16, or uint32 for more than 65,536 of them; and meta.json, which has the tokenizer.
+PATH is a file, a folder, a pattern in quotes, - for standard input, or hf:OWNER/DATASET[:CONFIG] for a dataset of the
+Hugging Face hub; gzip is unpacked. A document is a text file, a JSON line or a row of the hub. The end-of-text token,
+if the tokenizer has one, stands between two documents.
+
+Up to 100 text files are split by position: the last tenth of the characters is for validation. Of more files, of JSON
+lines and of rows, whole documents are chosen by a hash of their text, so that adding some moves none.
+
+Writes data/NAME/train.bin and val.bin: token ids, one after the other, as little-endian uint16, or uint32 for more than
+65,536 of them, with train_00001.bin and so on when they are many; and meta.json, which has the tokenizer. Stopped
+half-way, the same command goes on from there.
 """
 
-import base64
 import codecs
+import glob
+import gzip
 import hashlib
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
+import threading
 import time
+import zlib
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -24,138 +39,38 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError, one_line_errors, read_settings, setting
+from dataset import DATA, shard_name
+from files import lock, write_whole
+from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
 
-DATA = Path("data")
 CHUNK_BYTES = 1 << 20  # what is read and encoded at a time: memory stays a small multiple of it
+SHARD_TOKENS = 1 << 29  # the length of a token file: one or two GiB
+SAMPLE_CHARS = 1 << 25  # what a BPE is learned from, at most
+JOURNAL_SECONDS = 5  # the work that an interruption costs, at most
+MOST_FILES = 100  # text files that are split by position
 
 
 @dataclass
 class Settings:
     name: str = setting("", "the dataset's name: data/NAME is written")
-    input: str = setting("", "a UTF-8 text file or a folder of them (default: a built-in dataset called NAME)")
+    input: str = setting("", "the text: a file, a folder, ... (default: a built-in dataset called NAME)")
     tokenizer: str = setting(
-        "char", "char, byte, gpt2, any other tiktoken encoding, or the folder of a model to fine-tune"
+        "char",
+        "char, byte, gpt2 or another tiktoken encoding; bpe:4096, learned from the text; or a pretrained model's folder",
     )
+    val_share: float = setting(0.1, "share of the text that is for validation", low=0.0, high=0.9)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tokenizers. Each has encode(str) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> UTF-8 bytes,
-# vocab_size, eos_token (the id of end of text, or None), encode_array(str) -> numpy array of ids, and meta: what
-# load_tokenizer needs to build it again.
+# Text. A source has documents; a document is an iterable of its text in chunks.
 
 
-class ByteTokenizer:
-    """Every byte of the UTF-8 text is a token."""
-
-    vocab_size = 256
-    eos_token = None
-    meta = {"tokenizer": "byte"}  # noqa: RUF012 (never changed)
-
-    def encode_array(self, text):
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
-
-    def encode(self, text):
-        return self.encode_array(text).tolist()
-
-    def decode_bytes(self, ids):
-        return bytes(ids)
-
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-class CharTokenizer(ByteTokenizer):
-    """Every character is a token: its place in `chars`, which is sorted."""
-
-    def __init__(self, chars):
-        self.meta = {"tokenizer": "char", "chars": chars}
-        self.vocab_size = len(chars)
-        self.chars = chars
-        self.codes = np.frombuffer(chars.encode("utf-32-le"), np.uint32)
-
-    def encode_array(self, text):
-        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
-        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
-        unknown = self.codes[ids] != codes
-        if unknown.any():
-            char = text[unknown.argmax()]
-            raise UserError(
-                f"the character {char!r} (U+{ord(char):04X}) is not one of the {self.vocab_size} that the text "
-                "of this tokenizer had; --tokenizer=byte or gpt2 knows them all"
-            )
-        return ids
-
-    def decode_bytes(self, ids):
-        return "".join(self.chars[i] for i in ids).encode("utf-8")
-
-
-class BPETokenizer(ByteTokenizer):
-    """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019), done by tiktoken."""
-
-    def __init__(self, encoding):
-        self.encoding = encoding
-        self.vocab_size = encoding.n_vocab
-        self.eos_token = encoding._special_tokens.get("<|endoftext|>")
-        self.bytes = {rank: token for token, rank in encoding._mergeable_ranks.items()}
-        self.bytes |= {rank: token.encode("utf-8") for token, rank in encoding._special_tokens.items()}
-
-    @property
-    def meta(self):  # the whole vocabulary, so that a checkpoint can be sampled from where it can't be downloaded
-        lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.encoding._mergeable_ranks.items())
-        return {
-            "tokenizer": self.encoding.name,
-            "pattern": self.encoding._pat_str,
-            "special_tokens": self.encoding._special_tokens,
-            "ranks": "\n".join(lines),  # as in a .tiktoken file
-        }
-
-    def encode_array(self, text):
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def decode_bytes(self, ids):
-        return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused
-
-
-def load_tokenizer(meta):
-    """The tokenizer that meta describes: a dataset's meta.json, or a checkpoint's "tokenizer" entry."""
-    name = meta["tokenizer"]
-    if name == "char":
-        if list(meta["chars"]) != sorted(set(meta["chars"])):
-            raise UserError("the characters of this tokenizer are not sorted: prepare the dataset again")
-        return CharTokenizer(meta["chars"])
-    if name == "byte":
-        return ByteTokenizer()
-    if (Path(name) / "tokenizer.json").is_file():  # of a model in the layout of the hub
-        from pretrained import load_pretrained_tokenizer
-
-        if tokenizer := load_pretrained_tokenizer(name):
-            return tokenizer
-        raise UserError(f"{Path(name) / 'tokenizer.json'} is not of a kind that this program knows, or not the model's")
-    import tiktoken  # here: the other tokenizers do without
-
-    if "ranks" in meta:
-        ranks = (line.split() for line in meta["ranks"].split("\n"))
-        ranks = {base64.b64decode(token): int(rank) for token, rank in ranks}
-        special = meta["special_tokens"]
-        if not all(0 <= i < 2 * (len(ranks) + 500) for i in (*ranks.values(), *special.values())):
-            raise UserError("the ids of this tokenizer are not those of a vocabulary: prepare the dataset again")
-        return BPETokenizer(
-            tiktoken.Encoding(name, pat_str=meta["pattern"], mergeable_ranks=ranks, special_tokens=special)
-        )
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(["char", "byte", *tiktoken.list_encoding_names()])
-        raise UserError(f"unknown tokenizer {name}: expected one of {known}")
-    try:
-        return BPETokenizer(tiktoken.get_encoding(name))
-    except Exception as error:  # requests' and urllib3's many, or a damaged file
-        raise UserError(
-            f"the vocabulary of {name} can't be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            "folder that has it, or use --tokenizer=byte"
-        ) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Text. A document is (where it came from, a function that opens it as a binary stream, its size in bytes).
+@dataclass
+class Source:
+    name: str
+    open: Callable  # returns a binary stream, or rows
+    size: int | None  # in bytes, where it is known
+    rows: bool = False  # JSON lines, or dictionaries: a document each
 
 
 def shakespeare():
@@ -174,7 +89,7 @@ def shakespeare():
         ) from error
     if hashlib.sha256(text).hexdigest() != "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed":
         raise UserError(f"{url} is not tiny Shakespeare: {len(text):,} bytes with another sha256")
-    return [(url, lambda: io.BytesIO(text), len(text))]
+    return [Source(url, lambda: io.BytesIO(text), len(text))]
 
 
 def python_docs():
@@ -183,78 +98,214 @@ def python_docs():
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics)).encode("utf-8")
     source = f"the reference manual in Python {sys.version.split()[0]} (pydoc_data.topics)"
-    return [(source, lambda: io.BytesIO(text), len(text))]
+    return [Source(source, lambda: io.BytesIO(text), len(text))]
 
 
 BUILT_IN = {"shakespeare": shakespeare, "python_docs": python_docs}
 
 
-def files(path):
-    """A document for the file path, or for each file in the folder path that is not hidden, in the order of names."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no file or folder {path}")
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    return [(str(p), lambda p=p: p.open("rb"), p.stat().st_size) for p in paths]
+def find_sources(input):
+    """The sources that --input=input names: files in the order of their names, without hidden ones."""
+    if input.startswith("hf:"):
+        return [hub(input.removeprefix("hf:"))]
+    if input == "-":
+        return [standard_input()]
+    path = Path(input)
+    if path.is_dir():
+        paths = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    else:
+        paths = [path] if path.exists() else [Path(p) for p in glob.glob(input, recursive=True)]
+    paths = sorted(p for p in paths if p.is_file())
+    if not paths:
+        raise UserError(f"no file or folder {input}, or nothing in it")
+    rows = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+    return [Source(str(p), lambda p=p: p.open("rb"), p.stat().st_size, p.name.lower().endswith(rows)) for p in paths]
 
 
-def read_text(documents, on_bytes=lambda data: None):
-    """Yield (document number, piece of text) for all documents; pieces are at most CHUNK_BYTES bytes."""
-    for number, (source, open_document, _) in enumerate(documents):
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        offset = 0
-        with open_document() as stream:
-            while True:
-                data = stream.read(CHUNK_BYTES)
-                pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
-                try:
-                    text = decoder.decode(data, final=not data)
-                except UnicodeDecodeError as error:
-                    where = offset - pending + error.start
-                    raise UserError(f"{source} is not UTF-8 text: invalid byte at offset {where}") from error
-                on_bytes(data)
-                if not data:
-                    break
-                offset += len(data)
-                yield number, text
+def standard_input():
+    """A copy of it on disk, since it may be read twice: JSON lines if its first line is one, else text."""
+    spool = tempfile.NamedTemporaryFile()  # noqa: SIM115 (gone when the process ends)
+    shutil.copyfileobj(sys.stdin.buffer, spool)
+    spool.flush()
+
+    def open_spool():
+        spool.seek(0)
+        return io.BufferedReader(io.FileIO(spool.fileno(), closefd=False))
+
+    with open_spool() as raw:
+        try:
+            rows = "text" in json.loads(unzipped(raw).readline(CHUNK_BYTES * 16))
+        except (ValueError, TypeError, OSError, EOFError, zlib.error):
+            rows = False
+    return Source("standard input", open_spool, os.fstat(spool.fileno()).st_size, rows)
 
 
-def encodable(documents, n_train):
-    """Yield (document number, split, text): read_text's pieces, cut where a tokenizer would cut anyway.
+def hub(name):
+    """The training split of OWNER/DATASET or OWNER/DATASET:CONFIG, read from the hub as a stream."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("--input hf:... needs the package datasets: pip install datasets") from error
+    path, _, config = name.partition(":")
+
+    def rows():
+        try:
+            yield from datasets.load_dataset(path, config or None, split="train", streaming=True)
+        except Exception as error:  # of the network, of a dozen file formats, of a name that is not there
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"hf:{name} can't be read ({type(error).__name__}: {reason})") from error
+
+    return Source(f"hf:{name}", rows, None, rows=True)
+
+
+def unzipped(raw):
+    """The binary stream raw, or what gzip packed in it: no UTF-8 text begins with those two bytes."""
+    packed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if packed else raw
+
+
+def read_documents(sources, on_read=lambda n: None):
+    """Yield every document, to be used up before the next; on_read is told how many bytes of the sources are read."""
+
+    def watched(source, raw, items):
+        position = 0
+        try:
+            for item in items:
+                on_read(raw.tell() - position)
+                position = raw.tell()
+                yield item
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{source.name} is damaged: {error}") from error
+
+    for source in sources:
+        if source.size is None:
+            for document in read_rows(source, source.open()):
+                on_read(sum(map(len, document)))
+                yield document
+            continue
+        with source.open() as raw:
+            if source.rows:
+                yield from read_rows(source, watched(source, raw, unzipped(raw)))
+            else:
+                yield watched(source, raw, read_text(source, unzipped(raw)))
+
+
+def read_text(source, stream):
+    """Yield the text of a stream in chunks of at most CHUNK_BYTES."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        data = stream.read(CHUNK_BYTES)
+        pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            where = offset - pending + error.start
+            raise UserError(f"{source.name} is not UTF-8 text: invalid byte at offset {where}") from error
+        if not data:
+            return
+        offset += len(data)
+        yield text
+
+
+def read_rows(source, rows):
+    """Yield the "text" of each row, a line of JSON or a dictionary, as a document."""
+    for number, row in enumerate(rows, 1):
+        try:
+            text = (json.loads(row) if isinstance(row, bytes) else row)["text"]
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair: replaced, as tiktoken does
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f'{source.name}, line {number}: expected a JSON object with a "text" ({type(error).__name__}: {error})'
+            ) from error
+        yield [text[i : i + CHUNK_BYTES] for i in range(0, len(text), CHUNK_BYTES)]
+
+
+def cut(document):
+    """Yield a document's text in pieces, cut where a tokenizer would cut anyway.
 
     No byte-pair encoding has a token with a letter or digit and then white space in it, so the ids of the pieces
-    are those of the whole text. The first n_train characters are the training split.
+    are those of the whole text.
     """
-    done = 0
-    pending, current = "", 0
-
-    def split(text):
-        head = max(0, n_train - done)
-        return [(current, name, part) for name, part in (("train", text[:head]), ("val", text[head:])) if part]
-
-    for number, text in read_text(documents):
-        if number != current:
-            yield from split(pending)
-            done += len(pending)
-            pending, current = "", number
+    pending = ""
+    for text in document:
+        end = len(pending) - 1
+        while end > 0 and not (pending[end].isspace() and pending[end - 1].isalnum()):
+            end -= 1
+        if end <= 0 and len(pending) > CHUNK_BYTES:
+            end = len(pending)  # a text without a space: memory must stay bounded
+        if end > 0:
+            yield pending[:end]
+            pending = pending[end:]
         pending += text
-        cut = len(pending) - 1
-        while cut > 0 and not (pending[cut].isspace() and pending[cut - 1].isalnum()):
-            cut -= 1
-        if cut == 0 and len(pending) > CHUNK_BYTES:
-            cut = len(pending)  # a text without a space: memory must stay bounded
-        yield from split(pending[:cut])
-        done += cut
-        pending = pending[cut:]
-    yield from split(pending)
+    if pending:
+        yield pending
+
+
+def in_batches(documents, n_train, val_share):
+    """Yield (split, texts, digest): what is encoded at a time, about CHUNK_BYTES of a split's text.
+
+    texts are (does end of text come before it?, text); digest is the sha256 of all text read until then. The first
+    n_train characters are for training. With None, a document goes where the hash of its first piece says.
+    """
+    batches, lengths, begun = {"train": [], "val": []}, {"train": 0, "val": 0}, set()
+    digest, n_chars = hashlib.sha256(), 0
+    for document in documents:
+        split, starts = None, True
+        for text in cut(document):
+            data = text.encode("utf-8")
+            digest.update(data)
+            if n_train is None:
+                if split is None:
+                    fraction = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
+                    split = "val" if fraction < val_share else "train"
+                parts = {split: text}
+            else:
+                head = max(0, n_train - n_chars)
+                parts = {"train": text[:head], "val": text[head:]}
+                n_chars += len(text)
+            for name, part in parts.items():
+                if not part:
+                    continue
+                batches[name].append((starts and name in begun, part))
+                lengths[name] += len(part)
+                begun.add(name)
+                starts = False
+                if lengths[name] >= CHUNK_BYTES // 2:
+                    yield name, batches[name], digest.copy()
+                    batches[name], lengths[name] = [], 0
+    for name, texts in batches.items():
+        if texts:
+            yield name, texts, digest.copy()
+
+
+def survey(sources, tokenizer):
+    """Read all text once. Returns (number of characters, tokenizer made of it: by characters, or a BPE)."""
+    n_chars, chars, sample, sample_chars = 0, set(), [], 0
+    size = sum(source.size or 0 for source in sources)
+    progress = Progress("reading", size)
+    for i, document in enumerate(read_documents(sources, progress.add)):
+        for j, text in enumerate(cut(document)):
+            n_chars += len(text)
+            if tokenizer == "char":
+                chars.update(text)
+            elif tokenizer.startswith("bpe:") and (i + j) % (1 + size // SAMPLE_CHARS) == 0:  # evenly spread
+                text = text[: SAMPLE_CHARS - sample_chars]
+                sample_chars += len(text)
+                sample.append(text)
+    if tokenizer == "char":
+        return n_chars, CharTokenizer("".join(sorted(chars)))
+    return n_chars, train_bpe(sample, int(tokenizer[4:])) if tokenizer.startswith("bpe:") else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Token files. They grow in data/NAME/partial, with a journal of how much of them is sure, and move when all are whole.
 
 
 class Progress:
-    """A line on stderr with share, MB/s and time left, from the second second on."""
+    """A line on stderr with share, MB/s and time left, from the second second on; for a total of 0 nobody knows it."""
 
     def __init__(self, what, total):
         self.what, self.total = what, total
@@ -263,149 +314,201 @@ class Progress:
     def add(self, n):
         self.done += n
         seconds = time.perf_counter() - self.start
-        if seconds > 2 and (seconds - self.shown > 0.5 or self.done >= self.total):
+        if seconds > 2 and (seconds - self.shown > 0.5 or self.done == self.total):
             self.shown = seconds
-            left = seconds * (self.total - self.done) / max(1, self.done)
-            print(
-                f"\r{self.what}: {self.done / max(1, self.total):4.0%} of {self.total / 1e6:,.0f} MB, "
-                f"{self.done / 1e6 / seconds:.1f} MB/s, {left:.0f} s left ",
-                end="" if self.done < self.total else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            rate = self.done / 1e6 / seconds
+            line = f"{self.done / 1e6:,.0f} MB, {rate:.1f} MB/s "
+            if self.total:
+                left = (self.total - self.done) / 1e6 / max(rate, 1e-9)
+                line = (
+                    f"{self.done / self.total:4.0%} of {self.total / 1e6:,.0f} MB, {rate:.1f} MB/s, {left:.0f} s left "
+                )
+            print(f"\r{self.what}: {line}", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
 
 
-def prepare(name, input="", tokenizer="char"):
-    """Write data/name from the text at the path input, or from the built-in dataset name. Returns the meta data."""
+class ShardWriter:
+    """Appends tokens to the shards of a split in folder, from its token n_tokens on; what was after it is dropped."""
+
+    def __init__(self, folder, split, dtype, n_tokens):
+        self.folder, self.split, self.dtype, self.n_tokens = folder, split, dtype, n_tokens
+        number = max(0, n_tokens - 1) // SHARD_TOKENS
+        self.file = (folder / shard_name(split, number)).open("ab")
+        self.file.truncate((n_tokens - number * SHARD_TOKENS) * dtype.itemsize)
+        while (later := folder / shard_name(split, number := number + 1)).exists():
+            later.unlink()
+
+    def append(self, ids):
+        while len(ids):
+            if self.n_tokens and self.n_tokens % SHARD_TOKENS == 0:
+                self.close()
+                self.file = (self.folder / shard_name(self.split, self.n_tokens // SHARD_TOKENS)).open("ab")
+            part = ids[: SHARD_TOKENS - self.n_tokens % SHARD_TOKENS]
+            self.file.write(part.tobytes())
+            self.n_tokens += len(part)
+            ids = ids[len(part) :]
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.sync()
+        self.file.close()
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def go_on(partial, task, batches):
+    """Return (journal, batches): what an interrupted preparation of the same task had done, and the batches after it;
+    a fresh journal and all batches if there was none or the text is another one."""
+    fresh = {"task": task, "batches": 0, "tokens": {"train": 0, "val": 0}, "bytes": {"train": 0, "val": 0}}
+    path = partial / "journal.json"
+    journal = json.loads(path.read_text(encoding="utf-8")) if path.exists() else fresh
+    if journal["task"] == task and journal["batches"]:
+        rest = batches()
+        last = deque(islice(rest, journal["batches"]), maxlen=1)  # reading is much faster than encoding
+        if last and last[0][2].hexdigest() == journal["sha256"]:
+            print(f"going on after {sum(journal['bytes'].values()) / 1e6:,.0f} MB of text", file=sys.stderr)
+            return journal, rest
+    path.unlink(missing_ok=True)  # first: what it speaks of will be overwritten
+    return fresh, batches()
+
+
+def encode(partial, encoder, dtype, journal, batches, workers):
+    """Encode batches into the shards in partial, in order, and keep the journal. Returns it."""
+
+    mine = threading.local()
+
+    def begin():  # a tokenizer for each thread: two threads that share one take a quarter longer
+        mine.encoder = load_tokenizer(encoder.meta)
+
+    def ids_and_bytes(texts):
+        parts, n_bytes = [], 0
+        for separate, text in texts:
+            if separate and encoder.eos_token is not None:
+                parts.append([encoder.eos_token])
+            parts.append(mine.encoder.encode_array(text))
+            n_bytes += len(text.encode("utf-8"))
+        return np.concatenate(parts).astype(dtype), n_bytes
+
+    writers = {split: ShardWriter(partial, split, dtype, n) for split, n in journal["tokens"].items()}
+    saved = time.monotonic()
+
+    def write(split, digest, coming):
+        nonlocal saved
+        ids, n_bytes = coming.result()
+        writers[split].append(ids)
+        journal["tokens"][split] += len(ids)
+        journal["bytes"][split] += n_bytes
+        journal["batches"] += 1
+        journal["sha256"] = digest.hexdigest()
+        if time.monotonic() - saved >= JOURNAL_SECONDS:
+            for writer in writers.values():
+                writer.sync()
+            write_json(partial / "journal.json", journal)
+            saved = time.monotonic()
+
+    queue = deque()  # the pool's own would take in the whole text
+    try:
+        with ThreadPoolExecutor(workers, initializer=begin) as pool:
+            for split, texts, digest in batches:
+                queue.append((split, digest, pool.submit(ids_and_bytes, texts)))
+                if len(queue) > 2 * workers:
+                    write(*queue.popleft())
+            while queue:
+                write(*queue.popleft())
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return journal
+
+
+def publish(partial, folder):
+    """Move a whole dataset from partial to folder. Interrupted, it is to be done again: open_dataset sees to that."""
+    meta = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
+    for path in partial.glob("*.bin"):
+        os.replace(path, folder / path.name)
+    for split in ("train", "val"):
+        number = max(1, -(-meta[f"{split}_tokens"] // SHARD_TOKENS))
+        while (older := folder / shard_name(split, number)).exists():
+            older.unlink()
+            number += 1
+    os.replace(partial / "meta.json", folder / "meta.json")
+    shutil.rmtree(partial)
+    return meta
+
+
+def prepare(name, input="", tokenizer="char", val_share=0.1, workers=None):
+    """Write data/name from the text that input names, or from the built-in dataset name. Returns the meta data."""
     if not name or Path(name).name != name:
-        raise UserError(f"a dataset needs a plain name, not {name!r}: python prepare_data.py NAME --input PATH")
+        raise UserError(
+            f"a dataset needs a plain name, not {name!r}: python prepare_data.py NAME --input PATH, a pattern in quotes"
+        )
     if not input and name not in BUILT_IN:
         raise UserError(
             f"{name} is not built in ({', '.join(BUILT_IN)} are): give its text with --input PATH, a file or a folder"
         )
-    if tokenizer not in ("char", "byte"):
-        encoder = load_tokenizer({"tokenizer": tokenizer})  # first: it may have to be downloaded
-    documents = files(input) if input else BUILT_IN[name]()
-    size = sum(document[2] for document in documents)
+    learned = tokenizer == "char" or tokenizer.startswith("bpe:")
+    if tokenizer.startswith("bpe:") and not (tokenizer[4:].isdecimal() and 257 <= int(tokenizer[4:]) <= 1 << 20):
+        raise UserError(f"--tokenizer={tokenizer}: expected bpe: and the number of tokens, from 257 on, as in bpe:4096")
+    if not learned:  # first: it may have to be downloaded
+        encoder = ByteTokenizer() if tokenizer == "byte" else load_tokenizer({"tokenizer": tokenizer})
+    sources = find_sources(input) if input else BUILT_IN[name]()
 
-    # Once through to check the text and count it, once more to encode it: neither keeps more than a chunk.
-    digest, chars, n_chars = hashlib.sha256(), set(), 0
-    progress = Progress("reading", size)
-    for _, text in read_text(documents, digest.update):
-        chars.update(text)
-        n_chars += len(text)
-        progress.add(len(text.encode("utf-8")))
-    if n_chars < 20:
-        raise UserError(f"{input or name} has {n_chars} characters: too few to split into training and validation")
-    if tokenizer == "char":
-        encoder = CharTokenizer("".join(sorted(chars)))
-    elif tokenizer == "byte":
-        encoder = ByteTokenizer()
+    n_train = None
+    by_position = len(sources) <= MOST_FILES and not any(source.rows for source in sources)
+    if by_position or learned:
+        n_chars, of_text = survey(sources, tokenizer)
+        encoder = of_text or encoder
+        if n_chars < 20:
+            raise UserError(f"{input or name} has {n_chars} characters: too few to split into training and validation")
+        if by_position:
+            n_train = n_chars * round(1e6 * (1 - val_share)) // 10**6
     dtype = np.dtype("<u2" if encoder.vocab_size <= 1 << 16 else "<u4")
 
     folder = DATA / name
-    folder.mkdir(parents=True, exist_ok=True)
-    outputs = [folder / "meta.json", folder / "train.bin", folder / "val.bin"]  # a folder with tokens has their meaning
-    beside = [path.with_name(path.name + ".tmp") for path in outputs]
-    try:
-        tokens, n_bytes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
-        pieces = encodable(documents, n_train=n_chars * 9 // 10)
-        progress, last = Progress("encoding", size), 0
-        workers = os.cpu_count() or 1
-        with beside[1].open("wb") as train, beside[2].open("wb") as val, ThreadPoolExecutor(workers) as pool:
-            while group := list(islice(pieces, workers)):  # map alone would read the whole text ahead
-                arrays = pool.map(encoder.encode_array, [text for _, _, text in group])
-                for (number, split, text), ids in zip(group, arrays, strict=True):
-                    if number != last and encoder.eos_token is not None:  # between documents
-                        ids = np.concatenate([[encoder.eos_token], ids])
-                    last = number
-                    ids.astype(dtype).tofile(train if split == "train" else val)
-                    tokens[split] += len(ids)
-                    n_bytes[split] += len(text.encode("utf-8"))
-                    progress.add(len(text.encode("utf-8")))
-        source = documents[0][0] if len(documents) == 1 else f"{len(documents)} files in {input}"
-        meta = {
-            "dataset": name,
-            "source": source,
-            "sha256": digest.hexdigest(),
-            "vocab_size": encoder.vocab_size,
-            "dtype": dtype.name,
-            **{f"{split}_tokens": n for split, n in tokens.items()},
-            **{f"{split}_bytes": n for split, n in n_bytes.items()},
-            **encoder.meta,
-        }
-        with beside[0].open("w", encoding="utf-8", newline="\n") as file:
-            json.dump(meta, file, indent=1, ensure_ascii=True)
-        for path, temporary in zip(outputs, beside, strict=True):
-            os.replace(temporary, path)
-    finally:
-        for temporary in beside:
-            temporary.unlink(missing_ok=True)
-    return meta
+    partial = folder / "partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    folder_lock = lock(folder / "lock")  # noqa: F841 (held as long as this name is)
+    if (partial / "meta.json").exists():
+        publish(partial, folder)
+        partial.mkdir()
 
+    def batches():
+        progress = Progress("encoding", sum(source.size or 0 for source in sources))
+        return in_batches(read_documents(sources, progress.add), n_train, val_share)
 
-def fingerprint(tokens):
-    """A hash of an array's length and of up to 256 MB of it, in evenly spaced blocks: changes show, and it is quick."""
-    data = tokens.view(np.uint8)
-    block, count = 1 << 18, 1 << 10
-    digest = hashlib.sha256(str(len(data)).encode())
-    for i in range(count):
-        start = i * len(data) // count if len(data) > block * count else i * block
-        digest.update(data[start : start + block])
-    return digest.hexdigest()
-
-
-def open_dataset(name):
-    """Return (train tokens, validation tokens, meta) of data/name, the tokens as memory-mapped arrays.
-
-    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for what can't be trained on.
-    """
-    folder = DATA / name
-    if Path(name).name != name or not folder.is_dir():
-        raise UserError(f"no dataset {folder}: python prepare_data.py NAME --input PATH makes one")
-    meta = {"dataset": name, "source": f"{folder}, prepared by nanoGPT", "tokenizer": "gpt2", "dtype": "uint16"}
-    meta["vocab_size"] = 50257
-    if (folder / "meta.json").exists():
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if meta["dtype"] not in ("uint16", "uint32"):
-                raise ValueError(f"dtype {meta['dtype']}")
-            if meta["vocab_size"] != load_tokenizer(meta).vocab_size:
-                raise ValueError("vocab_size is not the tokenizer's")
-            if not all(
-                type(meta[f"{split}_{what}"]) is int for split in ("train", "val") for what in ("tokens", "bytes")
-            ):
-                raise ValueError("the counts are not numbers")
-            if type(meta["source"]) is not str or meta["val_bytes"] < 1:
-                raise ValueError("no source or no bytes")
-        except Exception as error:  # it may hold anything
-            raise UserError(f"{folder / 'meta.json'} is damaged ({error}): prepare the dataset again") from error
-    elif (folder / "meta.pkl").exists():
-        raise UserError(
-            f"{folder} has nanoGPT's character-level form, whose meta.pkl is a pickle and is not opened: prepare "
-            f"the text again, python prepare_data.py {name} --input {folder / 'input.txt'}"
-        )
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    splits = []
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        if not path.is_file():
-            raise UserError(f"no {path}: prepare the dataset again")
-        size = path.stat().st_size
-        if (
-            size == 0
-            or size % dtype.itemsize
-            or size // dtype.itemsize != meta.get(f"{split}_tokens", size // dtype.itemsize)
-        ):
-            raise UserError(f"{path} has {size:,} bytes, not what it should have: prepare the dataset again")
-        splits.append(np.memmap(path, dtype, mode="r"))
-    return *splits, meta | {"fingerprint": [fingerprint(tokens) for tokens in splits]}
+    task = [[s.name for s in sources], encoder.meta, n_train, val_share, CHUNK_BYTES, SHARD_TOKENS, dtype.name]
+    task = hashlib.sha256(json.dumps(task).encode()).hexdigest()
+    journal, rest = go_on(partial, task, batches)
+    journal = encode(partial, encoder, dtype, journal, rest, workers or os.cpu_count() or 1)
+    for split, n in journal["tokens"].items():
+        if n == 0:
+            shutil.rmtree(partial)
+            raise UserError(
+                f"no document of {input} fell into the {split} split: give more documents or another --val_share, or "
+                "one text file, which is split by position"
+            )
+    meta = {
+        "dataset": name,
+        "source": sources[0].name if len(sources) == 1 else f"{len(sources)} files in {input}",
+        "sha256": journal["sha256"],
+        "vocab_size": encoder.vocab_size,
+        "dtype": dtype.name,
+        **{f"{split}_tokens": n for split, n in journal["tokens"].items()},
+        **{f"{split}_bytes": n for split, n in journal["bytes"].items()},
+        **encoder.meta,
+    }
+    write_json(partial / "meta.json", meta)
+    return publish(partial, folder)
 
 
 @one_line_errors()
 def main():
     settings = read_settings(Settings, sys.argv[1:], __doc__, positional="name")
-    meta = prepare(settings.name, settings.input, settings.tokenizer)
+    meta = prepare(settings.name, settings.input, settings.tokenizer, settings.val_share)
     print(
         f"data/{meta['dataset']}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
         f"{meta['tokenizer']} tokenizer with a vocabulary of {meta['vocab_size']:,}, from {meta['source']}"

@@ -34,9 +34,10 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 
 import torch
 
-from checkpoint import refused, write_whole
+from checkpoint import refused
+from files import write_whole
 from model import GPTConfig, MiniGPT
-from prepare_data import BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors")
@@ -252,7 +253,7 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
         write_json(folder / "tokenizer.json", fast)
         options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
         if eos_token is not None:
-            options |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+            options |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         write_json(folder / "tokenizer_config.json", options | {"clean_up_tokenization_spaces": False})
     write_json(folder / "config.json", {
         "architectures": ["GPT2LMHeadModel"],
@@ -287,7 +288,6 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 TO_CHAR = {b: chr(b) for b in PRINTABLE}
 TO_CHAR |= {b: chr(0x100 + n) for n, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 TO_BYTE = {char: b for b, char in TO_CHAR.items()}
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def to_chars(token):

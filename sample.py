@@ -54,8 +54,8 @@ import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, model_config, refused
 from model import KVCache, MiniGPT
-from prepare_data import load_tokenizer
 from pretrained import load_pretrained, load_pretrained_tokenizer
+from tokenizer import load_tokenizer
 from train import best_dtype, pick_device
 
 

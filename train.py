@@ -123,15 +123,16 @@ from checkpoint import (
     check_same_run,
     cut_metrics,
     load_checkpoint,
-    lock,
     model_config,
     refused,
     restore,
     save_checkpoint,
 )
+from dataset import DATA, open_dataset
+from files import lock
 from model import GPTConfig, MiniGPT
 from plot import draw_run
-from prepare_data import BUILT_IN, DATA, open_dataset, prepare
+from prepare_data import BUILT_IN, prepare
 from pretrained import check_same_tokens, load_pretrained
 from stats import layer_stats
 
@@ -247,7 +248,8 @@ def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> t
 
     Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
     """
-    windows = torch.from_numpy(tokens[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64))
+    windows = np.stack([tokens[start : start + config.block_size + 1] for start in starts])
+    windows = torch.from_numpy(windows.astype(np.int64))
     if windows.max() >= config.vocab_size:
         where = getattr(tokens, "filename", "the data")
         raise UserError(f"{where} has the token id {windows.max()}, outside the vocabulary of {config.vocab_size}")

@@ -14,9 +14,9 @@ import pretrained
 import sample
 from config import UserError
 from model import GPTConfig, MiniGPT
-from prepare_data import BPETokenizer, ByteTokenizer, CharTokenizer
 from pretrained import from_fast, load_pretrained, load_pretrained_tokenizer, save_pretrained, to_fast
 from sample import generate
+from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 transformers = pytest.importorskip("transformers")

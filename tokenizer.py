@@ -1,0 +1,199 @@
+"""Tokenizers: from text to token ids and back.
+
+Each has encode(str) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> UTF-8 bytes, vocab_size, eos_token (the
+id of end of text, or None), encode_array(str) -> numpy array of ids, and meta: what load_tokenizer needs to build it
+again.
+"""
+
+import base64
+from collections import Counter, defaultdict
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pieces (Radford et al. 2019), inside which bytes are merged: 's, words and numbers with the space before
+# them, other signs likewise, white space
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class ByteTokenizer:
+    """Every byte of the UTF-8 text is a token."""
+
+    vocab_size = 256
+    eos_token = None
+    meta = {"tokenizer": "byte"}  # noqa: RUF012 (never changed)
+
+    def encode_array(self, text):
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class CharTokenizer(ByteTokenizer):
+    """Every character is a token: its place in `chars`, which is sorted."""
+
+    def __init__(self, chars):
+        self.meta = {"tokenizer": "char", "chars": chars}
+        self.vocab_size = len(chars)
+        self.chars = chars
+        self.codes = np.frombuffer(chars.encode("utf-32-le"), np.uint32)
+
+    def encode_array(self, text):
+        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
+        unknown = self.codes[ids] != codes
+        if unknown.any():
+            char = text[unknown.argmax()]
+            raise UserError(
+                f"the character {char!r} (U+{ord(char):04X}) is not one of the {self.vocab_size} that the text "
+                "of this tokenizer had; --tokenizer=byte or gpt2 knows them all"
+            )
+        return ids
+
+    def decode_bytes(self, ids):
+        return "".join(self.chars[i] for i in ids).encode("utf-8")
+
+
+class BPETokenizer(ByteTokenizer):
+    """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019), done by tiktoken."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eos_token = encoding._special_tokens.get(END_OF_TEXT)
+        self.bytes = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+        self.bytes |= {rank: token.encode("utf-8") for token, rank in encoding._special_tokens.items()}
+
+    @property
+    def meta(self):  # the whole vocabulary, so that a checkpoint can be sampled from where it can't be downloaded
+        lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.encoding._mergeable_ranks.items())
+        return {
+            "tokenizer": self.encoding.name,
+            "pattern": self.encoding._pat_str,
+            "special_tokens": self.encoding._special_tokens,
+            "ranks": "\n".join(lines),  # as in a .tiktoken file
+        }
+
+    def encode_array(self, text):
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode_bytes(self, ids):
+        return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused
+
+
+def train_bpe(texts, vocab_size):
+    """Learn a byte-level BPE of vocab_size tokens from an iterable of texts (Sennrich et al. 2016, algorithm 1).
+
+    The most frequent pair of neighbours becomes a token, again and again; of equally frequent pairs the one with the
+    lower ids. The last id is that of end of text. Raises UserError where the texts have too few pairs.
+    """
+    import regex  # tiktoken needs it too
+
+    counts = Counter(piece for text in texts for piece in regex.findall(GPT2_PATTERN, text))
+    words = [(list(piece.encode("utf-8")), n) for piece, n in counts.items()]  # each distinct piece once, as ids
+    tokens = [bytes([i]) for i in range(256)]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    pair_counts, words_with = Counter(), defaultdict(set)
+    for i, (word, n) in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += n
+            words_with[pair].add(i)
+    heap = [(-n, pair) for pair, n in pair_counts.items()]
+    heapify(heap)
+    while len(tokens) < vocab_size - 1:
+        if not heap:
+            raise UserError(
+                f"the text has pairs for no more than {len(tokens) + 1} tokens: --tokenizer=bpe:{len(tokens) + 1}"
+            )
+        count, pair = heappop(heap)
+        if -count != pair_counts[pair]:  # it has changed since: back with the count of now
+            if pair_counts[pair] > 0:
+                heappush(heap, (-pair_counts[pair], pair))
+            continue
+        token = tokens[pair[0]] + tokens[pair[1]]
+        new = ranks.setdefault(token, len(tokens))  # two pairs can make the same token
+        if new == len(tokens):
+            tokens.append(token)
+        grown = set()
+        for i in words_with.pop(pair):
+            word, n = words[i]
+            merged = merge(word, pair, new)
+            for old in pairwise(word):
+                pair_counts[old] -= n
+            for made in pairwise(merged):
+                pair_counts[made] += n
+                if new in made:
+                    words_with[made].add(i)
+                    grown.add(made)
+            words[i] = merged, n
+        for made in grown:
+            heappush(heap, (-pair_counts[made], made))
+    return bpe_tokenizer(f"bpe:{vocab_size}", GPT2_PATTERN, ranks, {END_OF_TEXT: len(tokens)})
+
+
+def merge(word, pair, new):
+    """The ids of word, with new for each pair in it, from left to right."""
+    merged, i = [], 0
+    while i < len(word):
+        if tuple(word[i : i + 2]) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def bpe_tokenizer(name, pattern, ranks, special_tokens):
+    import tiktoken  # here: the other tokenizers do without
+
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return BPETokenizer(encoding)
+
+
+def load_tokenizer(meta):
+    """The tokenizer that meta describes: a dataset's meta.json, or a checkpoint's "tokenizer" entry."""
+    name = meta["tokenizer"]
+    if name == "char":
+        if list(meta["chars"]) != sorted(set(meta["chars"])):
+            raise UserError("the characters of this tokenizer are not sorted: prepare the dataset again")
+        return CharTokenizer(meta["chars"])
+    if name == "byte":
+        return ByteTokenizer()
+    if "ranks" in meta:
+        ranks = (line.split() for line in meta["ranks"].split("\n"))
+        ranks = {base64.b64decode(token): int(rank) for token, rank in ranks}
+        special = meta["special_tokens"]
+        if not all(0 <= i < 2 * (len(ranks) + 500) for i in (*ranks.values(), *special.values())):
+            raise UserError("the ids of this tokenizer are not those of a vocabulary: prepare the dataset again")
+        return bpe_tokenizer(name, meta["pattern"], ranks, special)
+    if (Path(name) / "tokenizer.json").is_file():  # of a model in the layout of the hub
+        from pretrained import load_pretrained_tokenizer
+
+        if tokenizer := load_pretrained_tokenizer(name):
+            return tokenizer
+        raise UserError(f"{Path(name) / 'tokenizer.json'} is not of a kind that this program knows, or not the model's")
+    import tiktoken
+
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(["char", "byte", *tiktoken.list_encoding_names(), "bpe:SIZE"])
+        raise UserError(f"unknown tokenizer {name}: expected one of {known}")
+    try:
+        return BPETokenizer(tiktoken.get_encoding(name))
+    except Exception as error:  # requests' and urllib3's many, or a damaged file
+        raise UserError(
+            f"the vocabulary of {name} can't be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
+            "folder that has it, or use --tokenizer=byte"
+        ) from error
