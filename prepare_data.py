@@ -56,7 +56,7 @@ class Settings:
     input: str = setting("", "the text: a file, a folder, ... (default: a built-in dataset called NAME)")
     tokenizer: str = setting(
         "char",
-        "char, byte, gpt2 or another tiktoken encoding; bpe:4096, learned from the text; or a pretrained model's folder",
+        "char, byte, gpt2 or another tiktoken encoding; bpe:4096, learned from the text; or a model's folder",
     )
     val_share: float = setting(0.1, "share of the text that is for validation", low=0.0, high=0.9)
 
