@@ -17,24 +17,24 @@ from tokenizer import load_tokenizer
 DATA = Path("data")
 
 
-def shard_name(split, number):
+def shard_name(split: str, number: int) -> str:
     return f"{split}_{number:05d}.bin" if number else f"{split}.bin"
 
 
 class Tokens:
     """The tokens of a split: its shards, memory-mapped, as one array that can be sliced."""
 
-    def __init__(self, paths, dtype):
+    def __init__(self, paths: list[Path], dtype: np.dtype):
         self.filename = paths[0]
         self.shards = [np.memmap(path, dtype, mode="r").view(np.ndarray) for path in paths]
         self.shard_tokens = len(self.shards[0])
         if any(len(shard) != self.shard_tokens for shard in self.shards[:-1]):
             raise UserError(f"the shards of {paths[0]} are not of one length: prepare the dataset again")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shard_tokens * (len(self.shards) - 1) + len(self.shards[-1])
 
-    def __getitem__(self, positions):
+    def __getitem__(self, positions: slice) -> np.ndarray:
         """The tokens at a slice of positions, an array also where they lie in several shards."""
         start, stop, _ = positions.indices(len(self))
         n = self.shard_tokens
@@ -43,7 +43,7 @@ class Tokens:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.shards[0].dtype), *parts])
 
 
-def fingerprint(tokens):
+def fingerprint(tokens: Tokens) -> str:
     """A hash of a split's length and of up to 256 MB of it, in evenly spaced blocks: changes show, and it is quick."""
     itemsize = tokens.shards[0].itemsize
     size, block, count = len(tokens) * itemsize, 1 << 18, 1 << 10
@@ -56,7 +56,7 @@ def fingerprint(tokens):
     return digest.hexdigest()
 
 
-def open_dataset(name):
+def open_dataset(name: str) -> tuple[Tokens, Tokens, dict]:
     """Return (train tokens, validation tokens, meta) of data/name, the tokens as memory-mapped Tokens.
 
     A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for what can't be trained on.

@@ -104,7 +104,7 @@ def python_docs():
 BUILT_IN = {"shakespeare": shakespeare, "python_docs": python_docs}
 
 
-def find_sources(input):
+def find_sources(input: str) -> list[Source]:
     """The sources that --input=input names: files in the order of their names, without hidden ones."""
     if input.startswith("hf:"):
         return [hub(input.removeprefix("hf:"))]
@@ -440,7 +440,9 @@ def publish(partial, folder):
     return meta
 
 
-def prepare(name, input="", tokenizer="char", val_share=0.1, workers=None):
+def prepare(
+    name: str, input: str = "", tokenizer: str = "char", val_share: float = 0.1, workers: int | None = None
+) -> dict:
     """Write data/name from the text that input names, or from the built-in dataset name. Returns the meta data."""
     if not name or Path(name).name != name:
         raise UserError(

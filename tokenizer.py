@@ -7,6 +7,7 @@ again.
 
 import base64
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
@@ -28,29 +29,29 @@ class ByteTokenizer:
     eos_token = None
     meta = {"tokenizer": "byte"}  # noqa: RUF012 (never changed)
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(ids)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class CharTokenizer(ByteTokenizer):
     """Every character is a token: its place in `chars`, which is sorted."""
 
-    def __init__(self, chars):
+    def __init__(self, chars: str):
         self.meta = {"tokenizer": "char", "chars": chars}
         self.vocab_size = len(chars)
         self.chars = chars
         self.codes = np.frombuffer(chars.encode("utf-32-le"), np.uint32)
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         unknown = self.codes[ids] != codes
@@ -62,7 +63,7 @@ class CharTokenizer(ByteTokenizer):
             )
         return ids
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.chars[i] for i in ids).encode("utf-8")
 
 
@@ -86,14 +87,14 @@ class BPETokenizer(ByteTokenizer):
             "ranks": "\n".join(lines),  # as in a .tiktoken file
         }
 
-    def encode_array(self, text):
+    def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused
 
 
-def train_bpe(texts, vocab_size):
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Learn a byte-level BPE of vocab_size tokens from an iterable of texts (Sennrich et al. 2016, algorithm 1).
 
     The most frequent pair of neighbours becomes a token, again and again; of equally frequent pairs the one with the
@@ -143,7 +144,7 @@ def train_bpe(texts, vocab_size):
     return bpe_tokenizer(f"bpe:{vocab_size}", GPT2_PATTERN, ranks, {END_OF_TEXT: len(tokens)})
 
 
-def merge(word, pair, new):
+def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """The ids of word, with new for each pair in it, from left to right."""
     merged, i = [], 0
     while i < len(word):
@@ -156,14 +157,14 @@ def merge(word, pair, new):
     return merged
 
 
-def bpe_tokenizer(name, pattern, ranks, special_tokens):
+def bpe_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> BPETokenizer:
     import tiktoken  # here: the other tokenizers do without
 
     encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
     return BPETokenizer(encoding)
 
 
-def load_tokenizer(meta):
+def load_tokenizer(meta: dict) -> ByteTokenizer:
     """The tokenizer that meta describes: a dataset's meta.json, or a checkpoint's "tokenizer" entry."""
     name = meta["tokenizer"]
     if name == "char":

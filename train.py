@@ -128,7 +128,7 @@ from checkpoint import (
     restore,
     save_checkpoint,
 )
-from dataset import DATA, open_dataset
+from dataset import DATA, Tokens, open_dataset
 from files import lock
 from model import GPTConfig, MiniGPT
 from plot import draw_run
@@ -243,7 +243,7 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.AdamW | MuonAndAd
     return MuonAndAdamW(torch.optim.Muon(muon, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
-def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def load_windows(tokens: Tokens, starts: np.ndarray, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
 
     Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
@@ -257,7 +257,7 @@ def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> t
 
 
 def training_batch(
-    tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int
+    tokens: Tokens, config: GPTConfig, seed: int, step: int, first: int, n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
     place in the batch: not on the number of ranks, nor on where the run was interrupted."""
@@ -279,7 +279,7 @@ def prefetch(load: Callable[..., T], keys: Iterable[tuple]) -> Iterator[T]:
 
 @torch.inference_mode()
 def evaluate(
-    model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters: int = 0, rank: int = 0, world_size: int = 1
+    model: MiniGPT, tokens: Tokens, batch_size: int, eval_iters: int = 0, rank: int = 0, world_size: int = 1
 ) -> float:
     """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
 
