@@ -17,6 +17,7 @@ from conftest import ROOT, TEXT
 import prepare_data
 from config import UserError
 from dataset import open_dataset
+from files import lock
 from prepare_data import prepare
 from tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
@@ -80,7 +81,7 @@ def test_files_hold_the_text_split_nine_to_one(workdir):
     assert Path("data/tiny/train.bin").read_bytes() == np.array(tokenizer.encode(TEXT[:cut]), "<u2").tobytes()
     assert meta["vocab_size"] == len(set(TEXT)) and meta["dtype"] == "uint16" and meta["source"] == "tiny.txt"
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(train), len(val))
-    assert sorted(p.name for p in Path("data/tiny").iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in Path("data/tiny").iterdir()) == ["lock", "meta.json", "train.bin", "val.bin"]
 
 
 def test_tiny_shakespeare_has_the_figures_everyone_has(workdir, tiny_shakespeare, gpt2_vocabulary):
@@ -142,6 +143,14 @@ def test_invalid_utf8_names_file_and_offset_and_writes_nothing(workdir, monkeypa
     assert not Path("data/bad").exists()
 
 
+def test_two_preparations_of_one_dataset_at_a_time_are_refused(workdir):
+    held = lock(Path("data/tiny/lock"))
+    with pytest.raises(UserError, match=r"another process is writing to data.tiny"):
+        prepare("tiny", "tiny.txt")
+    held.close()
+    prepare("tiny", "tiny.txt")
+
+
 def test_a_failure_half_way_leaves_the_old_files(workdir, monkeypatch):
     before = {p: p.read_bytes() for p in Path("data/tiny").glob("*.*")}
     Path("tiny.txt").write_text("other text " * 100, encoding="utf-8")
@@ -149,7 +158,7 @@ def test_a_failure_half_way_leaves_the_old_files(workdir, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", full_disk)
+    monkeypatch.setattr(prepare_data, "write_whole", full_disk)
     with pytest.raises(OSError, match="No space"):
         prepare("tiny", "tiny.txt", "byte")
     assert {p: p.read_bytes() for p in Path("data/tiny").glob("*.*")} == before

@@ -178,7 +178,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(start):
 def test_a_second_run_in_the_same_folder_is_refused(start, run):
     process = start(**LONG)
     refused = run("train.py", *flags(**LONG))
-    assert refused.returncode == 2 and "another process is writing in out" in refused.stderr
+    assert refused.returncode == 2 and "another process is writing to out" in refused.stderr
     assert process.poll() is None
     process.kill()  # the lock does not outlive it
     process.wait()
