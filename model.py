@@ -10,9 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
-LOGITS_AT_ONCE = 1 << 24  # 64 MB
 
 
 @dataclass
@@ -197,43 +194,16 @@ class MiniGPT(nn.Module):
         x = self.ln_f(x)
         if targets is None:
             return self.head(x), None
-        return None, self.mean_loss(x.flatten(0, 1), targets.flatten())
+        return None, self.sum_of_losses(x.flatten(0, 1), targets.flatten()) / (targets != -100).sum()
 
     def head(self, x):
         """The logits: (..., C) -> (..., vocab_size)."""
         return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
-    def mean_loss(self, x, targets):
-        """Mean cross-entropy in nats of what follows x (N, C), where targets (N,) is not -100.
-
-        N vocab_size logits and their gradient would be the largest tensors of all. So they are made a part at a time,
-        and made again for the backward pass.
-        """
-
-        def sum_of_losses(x, targets):
-            # in float32 also under autocast: bfloat16 would leave the loss two or three digits
-            return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
-
-        n = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(x) <= n:
-            total = sum_of_losses(x, targets)
-        else:
-            parts = zip(x.split(n), targets.split(n), strict=True)
-            total = sum(checkpoint(sum_of_losses, *part, use_reentrant=False) for part in parts)
-        return total / (targets != -100).sum()
-
-    @classmethod
-    def from_pretrained(cls, name_or_path, block_size=None, dropout=0.0):
-        """GPT-2's weights, "gpt2" to "gpt2-xl", or those of a folder in their layout: see pretrained.py."""
-        from pretrained import load_pretrained
-
-        return load_pretrained(name_or_path, block_size, dropout)
-
-    def save_pretrained(self, folder, tokenizer=None):
-        """Write a folder that transformers loads: see pretrained.py."""
-        from pretrained import save_pretrained
-
-        save_pretrained(self, folder, tokenizer)
+    def sum_of_losses(self, x, targets):
+        """The cross-entropies, in nats, of what follows x (N, C), summed over the targets (N,) that are not -100."""
+        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
+        return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
 
     def _check_ids(self, kind, ids):
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

@@ -301,6 +301,11 @@ def evaluate(
     return total.item() / n
 
 
+def in_parts(sum_of_losses: Callable, x: torch.Tensor, targets: torch.Tensor, n: int = 256) -> torch.Tensor:
+    """sum_of_losses(x, targets), n tokens at a time: the logits of a large vocabulary are the largest tensor of all."""
+    return sum(sum_of_losses(*part) for part in zip(x.split(n), targets.split(n), strict=True))
+
+
 def find_dataset(name: str) -> str:
     """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
     if (DATA / name / "train.bin").exists():
@@ -470,6 +475,7 @@ def main(s: Settings) -> None:
     if s.activation_checkpointing:  # what a block computes inside is computed again in the backward pass
         for block in raw_model.h:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        raw_model.sum_of_losses = partial(in_parts, partial(checkpoint, raw_model.sum_of_losses, use_reentrant=False))
     model = raw_model
     if s.compile:
         try:

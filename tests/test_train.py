@@ -15,6 +15,7 @@ from stats import layer_stats
 from train import (
     Settings,
     evaluate,
+    in_parts,
     learning_rate,
     load_windows,
     make_optimizer,
@@ -176,6 +177,18 @@ def test_activation_checkpointing_changes_no_number(train):
     train(out_dir="plain", dropout=0.2)
     train(out_dir="recomputed", dropout=0.2, activation_checkpointing=True)
     assert losses("plain") == losses("recomputed")
+
+
+def test_the_loss_made_in_parts_has_the_same_value_and_gradients():
+    torch.manual_seed(0)
+    model = MiniGPT(GPTConfig(16, 65, 1, 2, 32))
+    x, targets = torch.randn(37, 32, requires_grad=True), torch.randint(65, (37,))
+    targets[::3] = -100
+    wanted = [x, model.wte.weight]
+    whole = model.sum_of_losses(x, targets)
+    parts = in_parts(model.sum_of_losses, x, targets, 5)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, wanted), torch.autograd.grad(whole, wanted))
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(train):
