@@ -49,9 +49,10 @@ class KVCache:
         self.length = 0
 
     def advance(self, T):
-        """Make room for T more tokens. Returns their positions, (T,)."""
+        """Make room for T more tokens. Returns their `positions`, (T,), which stay known until the next."""
         start, self.length = self.length, self.length + T
-        return torch.arange(start, self.length, device=self.keys.device)
+        self.positions = torch.arange(start, self.length, device=self.keys.device)
+        return self.positions
 
     def append(self, layer, k, v):
         """Store the k and v of a layer, each (B, H, T, D), where `advance` made room.
@@ -62,7 +63,7 @@ class KVCache:
         T, S = k.size(2), self.length
         self.keys[layer, :, :, S - T : S] = k
         self.values[layer, :, :, S - T : S] = v
-        mask = torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T) if 1 < T < S else None
+        mask = torch.arange(S, device=k.device) <= self.positions[:, None] if 1 < T < S else None
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S], mask
 
     def expand(self, batch_size):

@@ -94,16 +94,16 @@ class StaticKVCache(KVCache):
 
     def __init__(self, cache):
         self.keys, self.values, self.size, self.length = cache.keys, cache.values, cache.size, 0
-        self.position = torch.zeros(1, dtype=torch.long, device=cache.keys.device)  # of the token to read
+        self.positions = torch.zeros(1, dtype=torch.long, device=cache.keys.device)  # of the token to read
 
     def advance(self, T):
-        return self.position
+        return self.positions
 
     def append(self, layer, k, v):
-        self.keys[layer].index_copy_(2, self.position, k)
-        self.values[layer].index_copy_(2, self.position, v)
-        mask = torch.arange(self.size, device=k.device) <= self.position
-        return self.keys[layer], self.values[layer], mask[None]
+        self.keys[layer].index_copy_(2, self.positions, k)
+        self.values[layer].index_copy_(2, self.positions, v)
+        mask = torch.arange(self.size, device=k.device) <= self.positions[:, None]
+        return self.keys[layer], self.values[layer], mask
 
 
 @torch.inference_mode()
@@ -131,7 +131,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             unread = text[:, max(0, end - max(1, block_size // 2)) : end]
         if compiled and n_read == B and unread.size(1) == 1:
             static = static or StaticKVCache(cache)
-            static.position.fill_(cache.length)
+            static.positions.fill_(cache.length)
             cache.length += 1
             logits = compiled(unread, cache=static)[0][:, -1]
         else:
