@@ -222,7 +222,7 @@ def main(s):
         for program in programs:
             # forward only is a third of training's work; at batch 1 decoding reads every weight once a token
             flops = speed[program] * flops_per_token(model) / (3 if tokens else 1)
-            weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+            weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
             read = speed[program] / rows * weights * torch.empty(0, dtype=getattr(torch, s.decode_dtype)).itemsize
             share = f"{read / bandwidth:.0%} of reading" if tokens else f"{flops / peak_flops:.0%} of the products"
             peak = max(r["peak"] or 0 for r in results[program])

@@ -183,7 +183,7 @@ def flops_per_token(model: MiniGPT) -> int:
     """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
     forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
     config = model.config
-    weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
+    weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")  # that is looked up
     return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 

@@ -126,7 +126,7 @@ def test_adamw_decays_all_weights_alike_and_adam_those_with_large_gradients_less
         optimizer = make_optimizer(model, Settings(learning_rate=1e-3, weight_decay=0.5, beta2=0.99))
         if kind == "adam":  # the decay as a part of the gradient (L2 regularisation)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.5)
-        for size, p in ((0.1, model.wte.weight), (100.0, model.wpe.weight)):
+        for size, p in ((0.1, model.wte.weight), (100.0, model.h[0].mlp.c_fc.weight)):
             p.data.fill_(1.0)
             for step in range(200):
                 p.grad = torch.full_like(p, size * (-1) ** step)  # pulls nowhere in the mean

@@ -132,9 +132,7 @@ def test_targets_of_minus_100_are_ignored():
 
 def test_the_output_head_is_the_token_embedding():
     model = small(n_layer=1)
-    with torch.no_grad():
-        model.ln_f.weight.zero_()
-        model.ln_f.bias.fill_(1.0)  # every hidden state is then all ones
+    model.ln_f.register_forward_hook(lambda module, args, x: torch.ones_like(x))  # every hidden state
     torch.testing.assert_close(model(random_ids(model))[0][0, 0], model.wte.weight[:65].sum(1))
 
 

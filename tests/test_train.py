@@ -335,10 +335,12 @@ def test_layer_statistics_are_root_mean_squares():
     stats = layer_stats(model, idx, before)
     assert list(stats) == ["activation", "gradient", "weight", "update"]
     assert all(list(column) == ["embedding", "h.0", "h.1", "ln_f"] for column in stats.values())
-    x = model.h[0](model.wte(idx) + model.wpe.weight)
+    handed_on = []
+    model.h[1].register_forward_pre_hook(lambda module, args: handed_on.append(args[0]))
+    model(idx)
     weights = torch.cat([p.flatten() for p in model.h[0].parameters()])
     gradients = torch.cat([p.grad.flatten() for p in model.h[0].parameters()])
-    rms = [v.square().mean().sqrt().item() for v in (x, gradients, weights)]
+    rms = [v.square().mean().sqrt().item() for v in (*handed_on, gradients, weights)]
     assert [stats[name]["h.0"] for name in ("activation", "gradient", "weight")] == pytest.approx(rms)
     assert list(stats["update"].values()) == pytest.approx([0.01 / 1.01] * 4, rel=1e-4)
     assert not any(module._forward_hooks for module in model.modules())
