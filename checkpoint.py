@@ -85,7 +85,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: GPTConfig, tokeniz
             f"{path} was trained on {theirs['source']}, and data/{ours['dataset']}, from {ours['source']}, is not that "
             "or has changed: give its --dataset, or another --out_dir"
         )
-    theirs, ours = state["model_args"], asdict(config)
+    theirs, ours = asdict(model_config(state)), asdict(config)
     if sizes := differing(theirs, ours, but=("dropout",)):
         sizes = ", ".join(f"{k} {theirs.get(k)}, not {ours.get(k)}" for k in sizes)
         raise UserError(f"{path} is of another model ({sizes}): give its sizes, or another --out_dir")

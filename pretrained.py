@@ -328,8 +328,10 @@ def to_fast(tokenizer: ByteTokenizer) -> dict:
         pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", meta["pattern"])
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         splits = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    else:
+    elif type(tokenizer) is ByteTokenizer:
         vocab = {TO_CHAR[b]: b for b in range(256)}
+    else:
+        raise UserError(f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -424,9 +424,10 @@ def main(s: Settings) -> None:
             check_same_tokens(s.init_from, raw_model.config.vocab_size, tokenizer)
         with refused(last):
             sizes = raw_model.config if raw_model else model_config(state)
-        s.n_layer, s.n_head, s.n_embd, s.bias = sizes.n_layer, sizes.n_head, sizes.n_embd, sizes.bias
+        vars(s).update({k: v for k, v in asdict(sizes).items() if k not in ("vocab_size", "block_size", "dropout")})
     try:
-        config = GPTConfig(s.block_size, tokenizer["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
+        sizes = {f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)}
+        config = GPTConfig(vocab_size=tokenizer["vocab_size"], **sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
     raw_model = (raw_model or MiniGPT(config)).to(device)

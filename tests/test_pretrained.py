@@ -316,6 +316,14 @@ def test_transformers_encodes_with_the_saved_tokenizer_as_we_do(request, tmp_pat
     assert again.encode(text) == ids and again.decode(ids) == text and again.eos_token == tokenizer.eos_token
 
 
+def test_a_tokenizer_of_ones_own_is_not_saved_as_another():
+    class Codons(ByteTokenizer):
+        pass
+
+    with pytest.raises(UserError, match="a Codons has no form"):
+        to_fast(Codons())
+
+
 def test_gpt2s_own_tokenizer_file_is_read(tmp_path, gpt2_vocabulary, tiny_shakespeare):
     fast = to_fast(BPETokenizer(gpt2_vocabulary))["model"]
     merges = [tuple(pair.split(" ")) for pair in fast["merges"]]
