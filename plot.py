@@ -32,8 +32,6 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from files import write_whole
 from model import MiniGPT
@@ -171,21 +169,24 @@ def style(figure: "Figure", axes: np.ndarray, y_labels: tuple[str, ...], x_label
 def attention_maps(model: MiniGPT, idx: torch.Tensor) -> torch.Tensor:
     """What each token attends to: (T,) token ids -> (n_layer, n_head, T, T), rows summing to 1.
 
-    The weights softmax(Q K^T / sqrt(D) + M) are what attention gives for an identity matrix as V. So each layer's own
-    attention is asked, in one forward pass.
+    softmax(Q K^T / sqrt(D) + M) (Vaswani et al. 2017, equation 1, and the causal mask), written out. Q and K are what
+    the layers of the model compute, taken from them in one forward pass.
     """
+    seen = []
+    hooks = [block.attn.c_attn.register_forward_hook(lambda *call: seen.append(call[-1])) for block in model.h]
+    try:
+        with torch.inference_mode():
+            model(idx[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    T, H, C = len(idx), model.config.n_head, model.config.n_embd
+    future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
     maps = []
-
-    class Ask(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function is F.scaled_dot_product_attention:
-                q, k, v = args
-                identity = torch.eye(k.size(2), dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
-                maps.append(function(q, k, identity, **kwargs)[0])
-            return function(*args, **(kwargs or {}))
-
-    with torch.inference_mode(), Ask():
-        model(idx[None])
+    for qkv in seen:
+        q, k, _ = qkv.view(T, 3, H, C // H).permute(1, 2, 0, 3)  # each (H, T, D)
+        scores = q @ k.transpose(1, 2) / math.sqrt(C // H)
+        maps.append(scores.masked_fill(future, -math.inf).softmax(-1))
     return torch.stack(maps)
 
 
