@@ -50,8 +50,9 @@ if __name__ == "__main__":
 
 import torch
 
+from fast import compile_step, pack
 from model import GPTConfig, MiniGPT
-from sample import compile_step, generate, pack
+from sample import generate
 from train import Settings as TrainSettings
 from train import best_dtype, choose_attention, flops_per_token, make_optimizer, pick_device
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import sample
+from fast import compile_step, pack
 from model import GPTConfig, KVCache, MiniGPT
-from sample import compile_step, generate, next_token_probs, pack
+from sample import generate, next_token_probs
 
 
 def model(**changes):
