@@ -1,15 +1,16 @@
 """How a model decodes as fast as the hardware lets it: weights packed for a CPU, a step compiled for a GPU."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from model import KVCache
+from model import KVCache, MiniGPT
 
 
-def packed_linear(weight, bias, rows):
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function x -> F.linear(x, weight, bias), fastest on a CPU for x of `rows` rows, where it is as fast as the
     weights can be read: 2.4 times F.linear's speed in float32, 1.8 times in bfloat16."""
     if rows == 1 and weight.dtype == torch.float32:
@@ -31,7 +32,7 @@ def packed_linear(weight, bias, rows):
 
 
 @torch.inference_mode()
-def pack(model, rows):
+def pack(model: MiniGPT, rows: int) -> MiniGPT:
     """Make a model on the CPU fast at reading one more token of `rows` texts. It can't be trained any more."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -41,15 +42,10 @@ def pack(model, rows):
     return model
 
 
-def compile_step(model, **options):
+def compile_step(model: MiniGPT, **options) -> MiniGPT:
     """Compile how a model reads one more token, by default to a CUDA graph where there is CUDA."""
     model.compiled = torch.compile(model.forward, fullgraph=True, **(options or {"mode": "reduce-overhead"}))
     return model
-
-
-def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
-    """The path of the checkpoint called name in out_dir, by default best.pt, or last.pt where there is none."""
-    return Path(out_dir) / (name or ("best.pt" if Path(out_dir, "best.pt").exists() else "last.pt"))
 
 
 class StaticKVCache(KVCache):

@@ -41,20 +41,27 @@ class KVCache:
     positions are filled. size is block_size, or less where less will do. Set `length = 0` to start over.
     """
 
-    def __init__(self, config, batch_size, device=None, dtype=None, size=None):
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        size: int | None = None,
+    ):
         self.config, self.size = config, size or config.block_size
         shape = (config.n_layer, batch_size, config.n_head, self.size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def advance(self, T):
+    def advance(self, T: int) -> torch.Tensor:
         """Make room for T more tokens. Returns their `positions`, (T,), which stay known until the next."""
         start, self.length = self.length, self.length + T
         self.positions = torch.arange(start, self.length, device=self.keys.device)
         return self.positions
 
-    def append(self, layer, k, v):
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Store the k and v of a layer, each (B, H, T, D), where `advance` made room.
 
         Returns all keys and values of the layer, (B, H, S, D), and the mask for T queries, (T, S), True where a query
@@ -66,7 +73,7 @@ class KVCache:
         mask = torch.arange(S, device=k.device) <= self.positions[:, None] if 1 < T < S else None
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S], mask
 
-    def expand(self, batch_size):
+    def expand(self, batch_size: int) -> "KVCache":
         """A cache for batch_size rows that have all read what this one row has."""
         cache = KVCache(self.config, batch_size, self.keys.device, self.keys.dtype, self.size)
         for mine, new in ((self.keys, cache.keys), (self.values, cache.values)):
@@ -86,7 +93,7 @@ class CausalSelfAttention(nn.Module):
     softmax would saturate and its gradient vanish.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -94,7 +101,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
@@ -111,13 +118,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two layers with GELU between, applied to each token by itself."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (Hendrycks & Gimpel 2016), the form GPT-2 was trained with
         return self.dropout(self.c_proj(x))
 
@@ -129,14 +136,14 @@ class Block(nn.Module):
     gradient reaches every layer through x undisturbed (Xiong et al. 2020).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -150,7 +157,7 @@ class MiniGPT(nn.Module):
     added rows are cut off at once, so they are never predicted, sampled or trained.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
@@ -170,7 +177,7 @@ class MiniGPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None):
         """Predict the next token at every position.
 
         idx: (B, T) token ids. targets: (B, T), the id that follows each, or -100 where it does not count.
@@ -197,11 +204,11 @@ class MiniGPT(nn.Module):
             return self.head(x), None
         return None, self.sum_of_losses(x.flatten(0, 1), targets.flatten()) / (targets != -100).sum()
 
-    def head(self, x):
+    def head(self, x: torch.Tensor) -> torch.Tensor:
         """The logits: (..., C) -> (..., vocab_size)."""
         return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
-    def sum_of_losses(self, x, targets):
+    def sum_of_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The cross-entropies, in nats, of what follows x (N, C), summed over the targets (N,) that are not -100."""
         # in float32 also under autocast: bfloat16 would leave the loss two or three digits
         return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")

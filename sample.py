@@ -53,11 +53,13 @@ from checkpoint import load_checkpoint, model_config, refused
 from fast import StaticKVCache, compile_step, pack
 from model import KVCache, MiniGPT
 from pretrained import load_pretrained, load_pretrained_tokenizer
-from tokenizer import load_tokenizer
+from tokenizer import ByteTokenizer, load_tokenizer
 from train import best_dtype, pick_device
 
 
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+def next_token_probs(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
     """The probabilities to draw the next token from: (B, vocab_size) logits -> (B, vocab_size), float32.
 
     First the logits are divided by temperature (0 gives all probability to the likeliest token); then all but the
@@ -87,7 +89,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 @torch.inference_mode()
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+def stream(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
            eos_token=None, generator=None, observe=None):  # fmt: skip
     """Yield the tokens that follow idx (B, T), one (B,) tensor at a time, as `generate` describes.
 
@@ -141,7 +143,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             return
 
 
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
+def generate(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
              eos_token=None, generator=None):  # fmt: skip
     """Go on from idx: (B, T) token ids -> (B, T + new), new at most max_new_tokens.
 
@@ -156,7 +158,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     return torch.cat([idx, torch.stack(tokens, dim=1)], dim=1) if tokens else idx
 
 
-def load_model(path, device="cpu"):
+def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
+    """The path of the checkpoint called name in out_dir, by default best.pt, or last.pt where there is none."""
+    return Path(out_dir) / (name or ("best.pt" if Path(out_dir, "best.pt").exists() else "last.pt"))
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniGPT, ByteTokenizer, dict]:
     """Return (model in eval mode, tokenizer, checkpoint) of the checkpoint at path."""
     path = Path(path)
     state = load_checkpoint(path)
