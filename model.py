@@ -41,14 +41,7 @@ class KVCache:
     positions are filled. size is block_size, or less where less will do. Set `length = 0` to start over.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        size: int | None = None,
-    ):
+    def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None, size: int | None = None):
         self.config, self.size = config, size or config.block_size
         shape = (config.n_layer, batch_size, config.n_head, self.size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)

@@ -89,8 +89,8 @@ def next_token_probs(
 
 
 @torch.inference_mode()
-def stream(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
-           eos_token=None, generator=None, observe=None):  # fmt: skip
+def stream(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
+           repetition_penalty=1.0, eos_token=None, generator=None, observe=None):  # fmt: skip
     """Yield the tokens that follow idx (B, T), one (B,) tensor at a time, as `generate` describes.
 
     observe(logits) is called before each with what the model predicts, (B, vocab_size).
@@ -143,8 +143,8 @@ def stream(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1
             return
 
 
-def generate(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0,
-             eos_token=None, generator=None):  # fmt: skip
+def generate(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, temperature=1.0, top_k=None, top_p=None,
+             repetition_penalty=1.0, eos_token=None, generator=None):  # fmt: skip
     """Go on from idx: (B, T) token ids -> (B, T + new), new at most max_new_tokens.
 
     temperature, top_k and top_p as in `next_token_probs`. repetition_penalty divides the positive logits of tokens
