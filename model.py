@@ -6,6 +6,7 @@ width of a head. The modules are named as in OpenAI's released weights (wte, wpe
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -205,6 +206,21 @@ class MiniGPT(nn.Module):
         """The cross-entropies, in nats, of what follows x (N, C), summed over the targets (N,) that are not -100."""
         # in float32 also under autocast: bfloat16 would leave the loss two or three digits
         return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, block_size: int | None = None, dropout: float = 0.0
+    ) -> "MiniGPT":
+        """GPT-2's weights, "gpt2" to "gpt2-xl", or those of a folder in their layout: see pretrained.py."""
+        from pretrained import load_pretrained
+
+        return load_pretrained(name_or_path, block_size, dropout)
+
+    def save_pretrained(self, folder: str | Path, tokenizer=None) -> None:
+        """Write a folder that transformers loads: see pretrained.py."""
+        from pretrained import save_pretrained
+
+        save_pretrained(self, folder, tokenizer)
 
     def _check_ids(self, kind, ids):
         if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:

@@ -41,7 +41,7 @@ import numpy as np
 from config import UserError, one_line_errors, read_settings, setting
 from dataset import DATA, shard_name
 from files import lock, write_whole
-from tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
+from tokenizer import LEARNED, ByteTokenizer, load_tokenizer, train_bpe
 
 CHUNK_BYTES = 1 << 20  # what is read and encoded at a time: memory stays a small multiple of it
 SHARD_TOKENS = 1 << 29  # the length of a token file: one or two GiB
@@ -282,21 +282,21 @@ def in_batches(documents, n_train, val_share):
 
 
 def survey(sources, tokenizer):
-    """Read all text once. Returns (number of characters, tokenizer made of it: by characters, or a BPE)."""
-    n_chars, chars, sample, sample_chars = 0, set(), [], 0
+    """Read all text once. Returns (number of characters, tokenizer made of it: one of LEARNED, or a BPE)."""
+    n_chars, units, sample, sample_chars = 0, set(), [], 0
     size = sum(source.size or 0 for source in sources)
     progress = Progress("reading", size)
     for i, document in enumerate(read_documents(sources, progress.add)):
         for j, text in enumerate(cut(document)):
             n_chars += len(text)
-            if tokenizer == "char":
-                chars.update(text)
+            if tokenizer in LEARNED:
+                units.update(LEARNED[tokenizer].split(text))
             elif tokenizer.startswith("bpe:") and (i + j) % (1 + size // SAMPLE_CHARS) == 0:  # evenly spread
                 text = text[: SAMPLE_CHARS - sample_chars]
                 sample_chars += len(text)
                 sample.append(text)
-    if tokenizer == "char":
-        return n_chars, CharTokenizer("".join(sorted(chars)))
+    if tokenizer in LEARNED:
+        return n_chars, LEARNED[tokenizer](sorted(units))
     return n_chars, train_bpe(sample, int(tokenizer[4:])) if tokenizer.startswith("bpe:") else None
 
 
@@ -446,7 +446,7 @@ def prepare(
         raise UserError(
             f"{name} is not built in ({', '.join(BUILT_IN)} are): give its text with --input PATH, a file or a folder"
         )
-    learned = tokenizer == "char" or tokenizer.startswith("bpe:")
+    learned = tokenizer in LEARNED or tokenizer.startswith("bpe:")
     if tokenizer.startswith("bpe:") and not (tokenizer[4:].isdecimal() and 257 <= int(tokenizer[4:]) <= 1 << 20):
         raise UserError(f"--tokenizer={tokenizer}: expected bpe: and the number of tokens, from 257 on, as in bpe:4096")
     if not learned:  # first: it may have to be downloaded

@@ -50,7 +50,10 @@ class ByteTokenizer:
 class CharTokenizer(ByteTokenizer):
     """Every character is a token: its place in `chars`, which is sorted."""
 
-    def __init__(self, chars: str):
+    split = set  # a text's units, of which the vocabulary is made
+
+    def __init__(self, chars: Iterable[str]):
+        chars = "".join(chars)
         self.meta = {"tokenizer": "char", "chars": chars}
         self.vocab_size = len(chars)
         self.chars = chars
@@ -176,6 +179,9 @@ def bpe_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special_toke
 
     encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
     return BPETokenizer(encoding)
+
+
+LEARNED = {"char": CharTokenizer}  # made of the text's units
 
 
 def load_tokenizer(meta: dict) -> ByteTokenizer:

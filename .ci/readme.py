@@ -1,0 +1,68 @@
+"""Run the README's commands as they stand there, one after the other, on small models: python .ci/readme.py TEXT
+
+In a copy of the repository whose config/shakespeare.py ends with a few steps of a small model. PATH and FILE stand for
+TEXT. What can't run here is in SKIPPED, with the reason.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SMALL = """
+n_layer, n_head, n_embd, block_size, batch_size = 1, 2, 32, 32, 4
+max_iters = lr_decay_iters = 10
+warmup_iters = 1
+"""
+SKIPPED = {
+    "pip install": ".ci/run does this",
+    "--nproc_per_node=8": "needs eight GPUs",
+    "srun": "needs Slurm",
+    "--init_from=gpt2": "needs the hub",
+    "finetune_shakespeare": "needs the hub; tests/test_pretrained.py does it with a model of its own",
+    "bench.py --nanogpt": "needs a clone of nanoGPT; tests/test_scripts.py runs bench.py",
+    "race.py": "needs a clone of nanoGPT",
+    "-m slow": "takes minutes",
+}
+
+
+def commands(markdown):
+    """The commands in a text's sh blocks, without comments, continued lines joined."""
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks.splitlines()]
+    return [line for line in lines if line.startswith(("python", "torchrun"))]
+
+
+def main():
+    text = Path(sys.argv[1]).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "MiniGPT")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "data", "out"))
+        with (copy / "config" / "shakespeare.py").open("a", encoding="utf-8", newline="\n") as config:
+            config.write(SMALL)
+        (copy / "prompt.txt").write_text("ROMEO:", encoding="utf-8")
+        prepare = f"python prepare_data.py shakespeare --input {text}"
+        for command in [
+            prepare,
+            "python train.py config/shakespeare.py",
+            *commands((ROOT / "README.md").read_text("utf-8")),
+        ]:
+            if reason := next((reason for part, reason in SKIPPED.items() if part in command), None):
+                print(f"skipped, {reason}: {command}")
+                continue
+            here = re.sub(r"\b(PATH|FILE)\b", str(text), command)
+            begun = time.perf_counter()
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(here, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
+            print(f"{time.perf_counter() - begun:5.1f} s: {command}", flush=True)
+            if done.returncode:
+                sys.exit(f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+    main()
