@@ -1,6 +1,6 @@
-"""Train on tiny Shakespeare beside nanoGPT, on a CPU: python docs/race.py PATH-OF-A-CLONE-OF-NANOGPT
+"""Train on tiny Shakespeare beside nanoGPT, on a CPU: python docs/race.py PATH-OF-A-CLONE-OF-NANOGPT [--key=value ...]
 
-Runs `train.py config/shakespeare.py` and the CPU command of nanoGPT's README one after the other, and reads nanoGPT's
+Runs `train.py config/shakespeare.py`, with those settings, and the CPU command of nanoGPT's README one after the other, and reads nanoGPT's
 last checkpoint into model.py, so that the same function evaluates both on the whole validation split. Needs
 data/shakespeare here, and data/shakespeare_char there as its README says. For the picture at the top of the README:
 python plot.py --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT --file=docs/race.png
@@ -62,8 +62,14 @@ def load_nanogpt(path):
 if __name__ == "__main__":
     out = Path("out/race")
     begun = time.perf_counter()
-    train = ("train.py", "config/shakespeare.py", "--device=cpu", "--init_from=scratch", f"--out_dir={out / 'MiniGPT'}")
-    subprocess.run([sys.executable, str(ROOT / train[0]), str(ROOT / train[1]), *train[2:]], check=True)
+    train = (
+        str(ROOT / "train.py"),
+        str(ROOT / "config" / "shakespeare.py"),
+        "--device=cpu",
+        "--init_from=scratch",
+        f"--out_dir={out / 'MiniGPT'}",
+    )
+    subprocess.run([sys.executable, *train, *sys.argv[2:]], check=True)
     ours = time.perf_counter() - begun
     theirs = run_nanogpt(sys.argv[1], out / "nanoGPT")
     loss = evaluate(load_nanogpt(out / "nanoGPT" / "ckpt.pt"), open_dataset("shakespeare")[1], 64)
