@@ -1,6 +1,6 @@
 """Train on tiny Shakespeare beside nanoGPT, on a CPU: python docs/race.py PATH-OF-A-CLONE-OF-NANOGPT [--key=value ...]
 
-Runs `train.py config/shakespeare.py`, with those settings, and the CPU command of nanoGPT's README one after the other, and reads nanoGPT's
+Runs `train.py config/shakespeare.py` with those settings, then the CPU command of nanoGPT's README, and reads nanoGPT's
 last checkpoint into model.py, so that the same function evaluates both on the whole validation split. Needs
 data/shakespeare here, and data/shakespeare_char there as its README says. For the picture at the top of the README:
 python plot.py --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT --file=docs/race.png
