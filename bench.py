@@ -23,6 +23,7 @@ WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens
     "train:char": (64, 65, 4, 4, 128, 12, 0),
     "train:baby": (256, 65, 6, 6, 384, 16, 0),
     "train:gpt2": (1024, 50257, 12, 12, 768, 1, 0),
+    "train4:gpt2": (1024, 50257, 12, 12, 768, 4, 0),
     "decode:baby": (256, 65, 6, 6, 384, 1, 500),
     "decode:gpt2": (1024, 50257, 12, 12, 768, 1, 96),
     "decode16:gpt2": (1024, 50257, 12, 12, 768, 16, 96),
@@ -40,6 +41,7 @@ class Settings:
     dtype: str = setting("auto", "of MiniGPT's matrix products in training", choices=("auto", "float32", "bfloat16"))
     decode_dtype: str = setting("float32", "of the weights in decoding, for all", choices=("float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile MiniGPT in training")
+    activation_checkpointing: bool = setting(False, "train MiniGPT with less memory, as train.py's setting does")
     plot: str = setting("", "file for a picture of the table")
     one: str = setting("", "WORK/PROGRAM: measure it once and print JSON (what the processes run)")
 
@@ -54,7 +56,7 @@ from fast import compile_step, pack
 from model import GPTConfig, MiniGPT
 from sample import generate
 from train import Settings as TrainSettings
-from train import best_dtype, choose_attention, flops_per_token, make_optimizer, pick_device
+from train import best_dtype, choose_attention, flops_per_token, make_optimizer, pick_device, recompute_activations
 
 
 def synchronize(device):
@@ -108,6 +110,8 @@ def training_step(s, program, config, rows, device):
         optimizer = make_optimizer(model, TrainSettings())
         dtype, compiled = best_dtype(device) if s.dtype == "auto" else s.dtype, s.compile or cuda
         choose_attention(device, dtype, config.block_size)
+        if s.activation_checkpointing:
+            recompute_activations(model)
     run = torch.compile(model) if compiled else model
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
@@ -174,7 +178,7 @@ def measure(s, name, program):
 def in_a_process(s, name, program):
     command = [sys.executable, __file__, f"--one={name}/{program}", f"--nanogpt={s.nanogpt}", f"--steps={s.steps}",
                f"--device={s.device}", f"--dtype={s.dtype}", f"--decode_dtype={s.decode_dtype}",
-               f"--compile={s.compile}"]  # fmt: skip
+               f"--compile={s.compile}", f"--activation_checkpointing={s.activation_checkpointing}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise UserError(f"{name} with {program}: {(done.stderr.strip().splitlines() or ['it ended'])[-1]}")

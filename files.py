@@ -1,5 +1,6 @@
 """Files that are whole at every moment, and folders that one process at a time writes to."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def lock(path: Path) -> TextIO:

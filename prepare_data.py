@@ -40,7 +40,7 @@ import numpy as np
 
 from config import UserError, one_line_errors, read_settings, setting
 from dataset import DATA, shard_name
-from files import lock, write_whole
+from files import lock, write_json
 from tokenizer import LEARNED, ByteTokenizer, load_tokenizer, train_bpe
 
 CHUNK_BYTES = 1 << 20  # what is read and encoded at a time: memory stays a small multiple of it
@@ -354,10 +354,6 @@ class ShardWriter:
     def close(self):
         self.sync()
         self.file.close()
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
 
 
 def go_on(partial, task, batches):

@@ -35,7 +35,7 @@ if __name__ == "__main__":  # before torch is loaded, which takes seconds: --hel
 import torch
 
 from checkpoint import refused
-from files import write_whole
+from files import write_json
 from model import GPTConfig, MiniGPT
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
@@ -276,10 +276,6 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors makes for its owner only
 
 
-def write_json(path, value):
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizers, as the tokenizer.json of the package tokenizers. There a byte is written as a character: those that are
 # printable in Latin-1 as themselves, the others, in their order, as U+0100 and what follows (Radford et al. 2019).
@@ -386,12 +382,11 @@ def from_fast(fast: dict) -> ByteTokenizer:
 
 @one_line_errors()
 def main(s):
-    from sample import load_model
+    from sample import find_checkpoint, load_model
 
-    out_dir = Path(s.out_dir)
-    path = out_dir / (s.checkpoint or ("best.pt" if (out_dir / "best.pt").exists() else "last.pt"))
+    path = find_checkpoint(s.out_dir, s.checkpoint)
     model, tokenizer, state = load_model(path)
-    folder = Path(s.folder or out_dir / "pretrained")
+    folder = Path(s.folder or path.with_name("pretrained"))
     save_pretrained(model, folder, tokenizer)
     print(f'{folder}: {path} of step {state["step"]}, for transformers.GPT2LMHeadModel.from_pretrained("{folder}")')
 

@@ -306,6 +306,14 @@ def in_parts(sum_of_losses: Callable, x: torch.Tensor, targets: torch.Tensor, n:
     return sum(sum_of_losses(*part) for part in zip(x.split(n), targets.split(n), strict=True))
 
 
+def recompute_activations(model: MiniGPT) -> None:
+    """Let what a block computes inside, and the logits, be computed again in the backward pass, not kept for it (Chen
+    et al. 2016)."""
+    for block in model.h:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    model.sum_of_losses = partial(in_parts, partial(checkpoint, model.sum_of_losses, use_reentrant=False))
+
+
 def find_dataset(name: str) -> str:
     """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
     if (DATA / name / "train.bin").exists():
@@ -473,10 +481,8 @@ def main(s: Settings) -> None:
         return
 
     # speed: compiled, on several ranks, with less memory
-    if s.activation_checkpointing:  # what a block computes inside is computed again in the backward pass
-        for block in raw_model.h:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        raw_model.sum_of_losses = partial(in_parts, partial(checkpoint, raw_model.sum_of_losses, use_reentrant=False))
+    if s.activation_checkpointing:
+        recompute_activations(raw_model)
     model = raw_model
     if s.compile:
         try:

@@ -22,12 +22,8 @@ warmup_iters = 1
 SKIPPED = {
     "pip install": ".ci/run does this",
     "--nproc_per_node=8": "needs eight GPUs",
-    "srun": "needs Slurm",
     "--init_from=gpt2": "needs the hub",
     "finetune_shakespeare": "needs the hub; tests/test_pretrained.py does it with a model of its own",
-    "bench.py --nanogpt": "needs a clone of nanoGPT; tests/test_scripts.py runs bench.py",
-    "race.py": "needs a clone of nanoGPT",
-    "-m slow": "takes minutes",
 }
 
 

@@ -158,7 +158,7 @@ def test_a_failure_half_way_leaves_the_old_files(workdir, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "write_whole", full_disk)
+    monkeypatch.setattr("files.write_whole", full_disk)
     with pytest.raises(OSError, match="No space"):
         prepare("tiny", "tiny.txt", "byte")
     assert {p: p.read_bytes() for p in Path("data/tiny").glob("*.*")} == before

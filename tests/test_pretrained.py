@@ -254,7 +254,7 @@ def test_an_export_that_fails_does_not_look_whole(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "write_whole", full)
+    monkeypatch.setattr("files.write_whole", full)
     with pytest.raises(OSError):
         save_pretrained(ours(), tmp_path)
     assert not (tmp_path / "config.json").exists()

@@ -165,7 +165,19 @@ def test_ranks_that_do_not_see_the_same_run_are_told(train, workdir):
 
 
 @linux
+@pytest.mark.slow  # torchrun waits 30 s for a rank to end before it kills it
 def test_a_rank_that_hangs_ends_the_job_within_the_timeout(start):
+    process = start(2, timeout=3, **LONG)
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    begun = time.monotonic()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert time.monotonic() - begun < 60
+    assert "error: " in printed and "--timeout" in printed, printed
+
+
+@linux
+def test_a_rank_that_hears_nothing_of_another_ends_within_the_timeout(start):
     process = start(2, timeout=3, **LONG)
     hanging = ranks_of(process)[1]
     os.kill(hanging, signal.SIGSTOP)
