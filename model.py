@@ -1,12 +1,11 @@
-"""GPT-2 in one file: settings, key/value cache, attention, MLP, block, model. Read it from top to bottom.
+"""GPT-2 in one file: sizes, attention, MLP, block, model, and the cache for decoding. Read it from top to bottom.
 
-B is the batch size, T the number of tokens read, C the width (n_embd), H the number of heads, D = C / H the
-width of a head. The modules are named as in OpenAI's released weights (wte, wpe, h, ln_1, c_attn, ...).
+B is the batch size, T the number of tokens, C the width (n_embd), H the number of heads, D = C / H the width of a
+head. The modules are named as in OpenAI's released weights (wte, wpe, h, ln_1, c_attn, ...).
 """
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -15,15 +14,15 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2's smallest: 124M parameters."""
+    """The sizes of a model. The defaults are GPT-2's smallest: 124M parameters."""
 
-    block_size: int = 1024  # the most tokens it can see at once
+    block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linear and LayerNorm layers; GPT-2 has them
+    bias: bool = True  # in Linear and LayerNorm layers, as in GPT-2
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -35,57 +34,8 @@ class GPTConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
-class KVCache:
-    """The keys and values of every token read so far, so that no token is read twice.
-
-    `keys` and `values` are (n_layer, B, H, size, D), allocated once and written in place; their first `length`
-    positions are filled. size is block_size, or less where less will do. Set `length = 0` to start over.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None, size: int | None = None):
-        self.config, self.size = config, size or config.block_size
-        shape = (config.n_layer, batch_size, config.n_head, self.size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def advance(self, T: int) -> torch.Tensor:
-        """Make room for T more tokens. Returns their `positions`, (T,), which stay known until the next."""
-        start, self.length = self.length, self.length + T
-        self.positions = torch.arange(start, self.length, device=self.keys.device)
-        return self.positions
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Store the k and v of a layer, each (B, H, T, D), where `advance` made room.
-
-        Returns all keys and values of the layer, (B, H, S, D), and the mask for T queries, (T, S), True where a query
-        may look; None where it is the plain triangle, or a single query that may see everything.
-        """
-        T, S = k.size(2), self.length
-        self.keys[layer, :, :, S - T : S] = k
-        self.values[layer, :, :, S - T : S] = v
-        mask = torch.arange(S, device=k.device) <= self.positions[:, None] if 1 < T < S else None
-        return self.keys[layer, :, :, :S], self.values[layer, :, :, :S], mask
-
-    def expand(self, batch_size: int) -> "KVCache":
-        """A cache for batch_size rows that have all read what this one row has."""
-        cache = KVCache(self.config, batch_size, self.keys.device, self.keys.dtype, self.size)
-        for mine, new in ((self.keys, cache.keys), (self.values, cache.values)):
-            new[:, :, :, : self.length] = mine[:, :, :, : self.length]
-        cache.length = self.length
-        return cache
-
-
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the past (Vaswani et al. 2017, section 3.2).
-
-    Each head computes
-
-        softmax(Q K^T / sqrt(D) + M) V,    M[i, j] = 0 if key j is not later than query i, else -inf.
-
-    The entries of Q K^T are sums of D products, so their variance grows with D; without the square root the
-    softmax would saturate and its gradient vanish.
-    """
+    """Multi-head attention in which a token sees itself and the past (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -95,16 +45,21 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         mask = None
         if cache is not None:
             k, v, mask = cache.append(layer, k, v)  # (B, H, S, D): the past and these T tokens
-        dropout_p = self.dropout if self.training else 0.0
+        # One fused kernel for
+        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)        # (B, H, T, S), variance independent of D
+        #     scores = scores.masked_fill(future, -math.inf)       # a query sees no key that comes after it
+        #     weights = F.dropout(scores.softmax(dim=3), dropout)  # each row sums to 1
+        #     y = weights @ v                                      # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
         is_causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -126,8 +81,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream x.
 
-    Pre-norm: LayerNorm stands before each part and not after the sum (as in Vaswani et al.), so that the
-    gradient reaches every layer through x undisturbed (Xiong et al. 2020).
+    Pre-norm: LayerNorm stands before each part, not after the sum as in Vaswani et al., so the gradient reaches every
+    layer through x undisturbed (Xiong et al. 2020).
     """
 
     def __init__(self, config: GPTConfig):
@@ -137,7 +92,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache, layer)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -146,23 +101,23 @@ class Block(nn.Module):
 class MiniGPT(nn.Module):
     """A GPT-2 language model (Radford et al. 2019).
 
-    The output head has no weights of its own: it is the token embedding, transposed (weight tying, Press & Wolf
-    2017). The embedding has rows for a multiple of 64 tokens, a size that matrix kernels like; the logits of the
-    added rows are cut off at once, so they are never predicted, sampled or trained.
+    The output head has no weights of its own: it is the token embedding, transposed (weight tying, Press & Wolf 2017).
+    The embedding is padded to a multiple of 64 rows, a size that suits matrix kernels; the logits of the padding are
+    cut off at once, so they are never predicted, sampled or trained.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
-        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # token embedding, and the output head
+        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # token embedding and output head
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
-        # N(0, 0.02) everywhere, but the 2 n_layer projections that add to the residual stream are scaled down,
-        # so that its variance does not grow with depth (Radford et al. 2019, section 2.3).
+        # N(0, 0.02) everywhere, but smaller in the 2 n_layer projections that add to the residual stream, so that
+        # its variance does not grow with depth (Radford et al. 2019, section 2.3).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -171,58 +126,79 @@ class MiniGPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None):
-        """Predict the next token at every position.
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: "KVCache | None" = None):
+        """Predict the next token at every position, or with a cache at the last one.
 
         idx: (B, T) token ids. targets: (B, T), the id that follows each, or -100 where it does not count.
-        cache: a KVCache whose tokens come before idx; it takes idx in.
-        Returns (logits (B, T, vocab_size), None); with targets (None, their mean cross-entropy in nats).
+        cache: a KVCache of the tokens before idx; it takes idx in.
+        Returns (logits, None), the logits (B, T, vocab_size) or with a cache (B, 1, vocab_size); with targets
+        (None, loss), the mean cross-entropy in nats.
         Raises ValueError for more than block_size tokens, and on the CPU for ids outside the vocabulary.
         """
-        T = idx.size(1)
-        length = T if cache is None else cache.length + T
-        if length > (self.config.block_size if cache is None else cache.size):
-            raise ValueError(f"a sequence of {length} tokens is longer than block_size ({self.config.block_size})")
-        # Only where looking is free: on a GPU it would wait for the device, under torch.compile break the graph.
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_ids("token", idx)
-            if targets is not None:
-                self._check_ids("target", targets[targets != -100])
+        T, device, vocab_size = idx.size(1), idx.device, self.config.vocab_size
+        length, longest = (T, self.config.block_size) if cache is None else (cache.length + T, cache.size)
+        if length > longest:
+            raise ValueError(f"a sequence of {length} tokens is longer than block_size ({longest})")
+        if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            low, high = idx.aminmax()
+            if low < 0 or high >= vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
 
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.advance(T)
+        positions = torch.arange(T, device=device) if cache is None else cache.advance(T)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
-        x = self.ln_f(x)
+        if cache is not None:
+            x = x[:, -1:]  # what follows the others is known
+        logits = self.head(self.ln_f(x))
         if targets is None:
-            return self.head(x), None
-        return None, self.sum_of_losses(x.flatten(0, 1), targets.flatten()) / (targets != -100).sum()
+            return logits, None
+        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return None, loss
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The logits: (..., C) -> (..., vocab_size)."""
         return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
 
-    def sum_of_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The cross-entropies, in nats, of what follows x (N, C), summed over the targets (N,) that are not -100."""
-        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
-        return F.cross_entropy(self.head(x).float(), targets, ignore_index=-100, reduction="sum")
 
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | Path, block_size: int | None = None, dropout: float = 0.0
-    ) -> "MiniGPT":
-        """GPT-2's weights, "gpt2" to "gpt2-xl", or those of a folder in their layout: see pretrained.py."""
-        from pretrained import load_pretrained
+class KVCache:
+    """The keys and values of every token read so far, so that no token is read twice.
 
-        return load_pretrained(name_or_path, block_size, dropout)
+    `keys` and `values` have a tensor (B, H, size, D) for each layer, allocated once and written in place; the first
+    `length` positions are filled. size is block_size, or less where less will do. Set `length = 0` to start over.
+    """
 
-    def save_pretrained(self, folder: str | Path, tokenizer=None) -> None:
-        """Write a folder that transformers loads: see pretrained.py."""
-        from pretrained import save_pretrained
+    def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None, size: int | None = None):
+        self.config, self.size, self.length = config, size or config.block_size, 0
+        shape = (batch_size, config.n_head, self.size, config.n_embd // config.n_head)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
 
-        save_pretrained(self, folder, tokenizer)
+    def advance(self, T: int) -> torch.Tensor:
+        """Make room for T more tokens. Returns their `positions`, (T,), which stay until the next call."""
+        start, self.length = self.length, self.length + T
+        self.positions = torch.arange(start, self.length, device=self.keys[0].device)
+        return self.positions
 
-    def _check_ids(self, kind, ids):
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            bad = ids.min() if ids.min() < 0 else ids.max()
-            raise ValueError(f"{kind} id {bad} is outside the vocabulary (0 to {self.config.vocab_size - 1})")
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Store a layer's k and v, each (B, H, T, D), where `advance` made room.
+
+        Returns all keys and values of the layer, (B, H, S, D), and the mask for T queries, (T, S), True where a query
+        may look; None where it is the plain triangle, or a single query that may see everything.
+        """
+        T, S = k.size(2), self.length
+        self.keys[layer][:, :, S - T : S] = k
+        self.values[layer][:, :, S - T : S] = v
+        mask = torch.arange(S, device=k.device) <= self.positions[:, None] if 1 < T < S else None
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask
+
+    def expand(self, batch_size: int) -> "KVCache":
+        """A cache for batch_size rows that have all read what this one row has."""
+        key = self.keys[0]
+        cache = KVCache(self.config, batch_size, key.device, key.dtype, self.size)
+        for mine, new in zip(self.keys + self.values, cache.keys + cache.values, strict=True):
+            new[:, :, : self.length] = mine[:, :, : self.length]
+        cache.length = self.length
+        return cache

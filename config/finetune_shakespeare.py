@@ -8,13 +8,13 @@ out_dir = "out/finetune_shakespeare"
 init_from = "gpt2"  # needs the packages huggingface_hub and safetensors, and the network the first time
 dataset = "shakespeare_gpt2"
 
-# 32 x 1,024 tokens a step: the 300,000 tokens of the text are read once in ten steps
+# 32 x 1,024 tokens per step: ten steps read the 300,000 tokens of the text once
 batch_size = 1
 gradient_accumulation_steps = 32
 block_size = 1024
 dropout = 0.1
 
-# The weights are good already: small steps, of one size, and best.pt is the model from before it learns by heart
+# The weights are good already: small steps of one size, and early stopping before it learns by heart
 learning_rate = 3e-5
 decay_lr = False
 max_iters = 100

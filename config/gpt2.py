@@ -1,4 +1,4 @@
-# GPT-2 (124M) on half a million tokens a step, as in the defaults; here are the ones to change for other machines.
+# GPT-2 (124M) on half a million tokens per step, as in the defaults; here are the ones to change for other machines.
 # torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 #
 # The text first: a folder of text files like OpenWebText (9 billion tokens).
@@ -8,8 +8,8 @@ dataset = "openwebtext"
 
 n_layer, n_head, n_embd, block_size = 12, 12, 768, 1024
 
-# 12 sequences x 40 micro-batches x 1,024 tokens = 491,520 tokens a step. On fewer GPUs each does more micro-batches;
-# with less memory, make batch_size smaller and gradient_accumulation_steps larger by the same factor.
+# 12 x 40 sequences of 1,024 tokens = 491,520 tokens per step, on any number of GPUs. With less memory, make batch_size
+# smaller and gradient_accumulation_steps larger by the same factor.
 batch_size = 12
 gradient_accumulation_steps = 40
 

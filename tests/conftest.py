@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the m
 TINY = {  # settings of a model and a run that take a second
     "dataset": "tiny", "out_dir": "out", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4,
     "gradient_accumulation_steps": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 0, "log_interval": 1,
-    "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False, "plot": False,
+    "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False,
 }  # fmt: skip
 
 
@@ -58,24 +59,29 @@ def train(workdir):
     import train
 
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield lambda **changes: train.main(train.Settings(**(TINY | changes)))
+
+    def run(**changes):
+        gc.collect()  # a run that failed has its lock as long as the traceback is alive
+        train.main(train.Settings(**(TINY | changes)))
+
+    yield run
     for number, handler in handlers:
         signal.signal(number, handler)
 
 
 @pytest.fixture
 def run(workdir):
-    """run("train.py", "--key=value", ...) runs a script as a command in the working folder."""
+    """run("train.py", "--key=value", ...) runs a script, or as "extras.plot" a module, in the working folder."""
 
     def run(*command, ranks=1, env=None, **options):
         launcher = [sys.executable]
         if ranks > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         script, *arguments = command
-        return subprocess.run(
-            [*launcher, str(ROOT / script), *map(str, arguments)], env=os.environ | (env or {}), timeout=240,
-            capture_output=True, text=True, encoding="utf-8", **options,
-        )  # fmt: skip
+        script = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
+        command = [*launcher, *script, *map(str, arguments)]
+        return subprocess.run(command, env=env, timeout=240, capture_output=True, text=True, encoding="utf-8", **options)
 
     return run
 

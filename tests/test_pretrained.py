@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import torch
 from conftest import ROOT, TEXT, flags
 from test_train import fails, losses, same
 
-import pretrained
+import prepare_data
 import sample
-from config import UserError
+from extras import export
 from model import GPTConfig, MiniGPT
-from pretrained import from_fast, load_pretrained, load_pretrained_tokenizer, save_pretrained, to_fast
 from sample import generate
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from support import pretrained
+from support.pretrained import from_fast, load_pretrained, load_pretrained_tokenizer, save_pretrained, to_fast
+from support.settings import UserError, read_settings
+from support.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 transformers = pytest.importorskip("transformers")
@@ -42,7 +45,7 @@ def warnings(monkeypatch):
     transformers.utils.logging.remove_handler(handler)
 
 
-def theirs(folder="theirs", seed=0, save=None, **changes):
+def save_reference(folder="reference", seed=0, save=None, **changes):
     """A GPT-2 of transformers with random weights, everywhere, saved to folder."""
     torch.manual_seed(seed)
     sizes = {"n_positions": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -54,7 +57,7 @@ def theirs(folder="theirs", seed=0, save=None, **changes):
     return model
 
 
-def ours(**changes):
+def random_model(**changes):
     torch.manual_seed(0)
     model = MiniGPT(
         GPTConfig(**({"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes))
@@ -98,8 +101,9 @@ RELEASED = {
     ],
 )  # fmt: skip
 def test_logits_equal_those_of_the_model_that_transformers_saved(tmp_path, sizes, save):
-    reference = theirs(tmp_path, save=save, **sizes)
+    reference = save_reference(tmp_path, save=save, **sizes)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not save
+    (tmp_path / "pytorch_model.bin").touch()  # is beside them on the hub
     model = load_pretrained(tmp_path)
     assert model.wte.weight.dtype == torch.float32 and not model.training
     assert not model.wte.weight[model.config.vocab_size :].any()
@@ -107,30 +111,30 @@ def test_logits_equal_those_of_the_model_that_transformers_saved(tmp_path, sizes
 
 
 def test_older_files_have_masks_and_no_prefix(tmp_path):
-    from safetensors.torch import load_file, save_file
+    reference = save_reference(tmp_path)
 
-    reference = theirs(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-    masks = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
-    head = {"lm_head.weight": weights["wte.weight"].clone()}
-    save_file(weights | masks | head, tmp_path / "model.safetensors")
-    assert_same_logits(MiniGPT.from_pretrained(tmp_path), reference)
+    def as_in_older_files(weights):
+        renamed = {name.removeprefix("transformer."): weights.pop(name) for name in list(weights)}
+        masks = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+        weights |= renamed | masks | {"lm_head.weight": renamed["wte.weight"].clone()}
+
+    change_weights(tmp_path, as_in_older_files)
+    assert_same_logits(load_pretrained(tmp_path), reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types_are_read_as_float32(tmp_path, dtype):
-    reference = theirs(tmp_path).to(dtype)
+    reference = save_reference(tmp_path).to(dtype)
     reference.save_pretrained(tmp_path)
     assert_same_logits(load_pretrained(tmp_path), reference.float())
 
 
 def test_a_shorter_block_size_crops_the_positions(tmp_path):
-    reference = theirs(tmp_path)
+    reference = save_reference(tmp_path)
     model = load_pretrained(str(tmp_path), block_size=9)
     assert model.wpe.weight.shape == (9, 32)
     assert_same_logits(model, reference)
-    with pytest.raises(UserError, match=r"positions for 16 tokens, .* \(17\): --block_size=16 is the most"):
+    with pytest.raises(UserError, match="positions for 16 tokens: that is the largest --block_size"):
         load_pretrained(tmp_path, block_size=17)
 
 
@@ -145,31 +149,72 @@ def test_a_shorter_block_size_crops_the_positions(tmp_path):
         ({"add_cross_attention": True}, "add_cross_attention True, not False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings False, not True"),
         ({"n_inner": 100}, "n_inner 100, not 128"),
-        ({"n_head": 3}, "n_embd .32. must be divisible by n_head"),
-        ({"n_layer": 3}, "h.2.attn.c_attn.bias is missing"),
-        ({"n_layer": 1}, "h.1.attn.c_attn.bias is not of GPT-2"),
-        ({"n_layer": 10**9}, "1000000000 layers"),
-        ({"n_embd": 2**20}, "has the shape"),
-        ({"vocab_size": 66}, r"wte.weight has the shape \[65, 32\]"),
-        ({"n_positions": "16"}, "not a whole number"),
+        ({"n_head": 3}, "sizes that no GPT-2 can have: .*'n_head': 3"),
+        ({"n_positions": "16"}, "sizes that no GPT-2 can have: .*'n_positions': '16'"),
+        ({"n_layer": 3}, r"config.json asks for .* and h\.2\.\*"),
+        ({"n_layer": 1}, "only one of them has h.1.attn.c_attn.bias"),
+        ({"vocab_size": 66}, r"config.json asks for .*'wte.weight': \[66, 32\]"),
+        ({"n_positions": 15}, r"config.json asks for .*'wpe.weight': \[15, 32\]"),
     ],
 )
 def test_another_architecture_is_refused_with_the_difference_named(tmp_path, change, message):
-    theirs(tmp_path)
+    save_reference(tmp_path)
     edit(tmp_path / "config.json", **change)
     with pytest.raises(UserError, match=message):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"n_layer": 10**9}, {"n_embd": 2**20}, {"vocab_size": 10**12}])
+def test_a_config_of_absurd_sizes_is_refused_before_a_model_is_built(tmp_path, monkeypatch, change):
+    save_reference(tmp_path)
+    edit(tmp_path / "config.json", **change)
+    monkeypatch.setattr(MiniGPT, "__init__", None)
+    with pytest.raises(UserError, match=r"config.json asks for"):
+        load_pretrained(tmp_path)
+
+
+def change_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weights: weights.pop("transformer.ln_f.bias"), "only one of them has ln_f.bias"),
+        (lambda weights: weights.update(extra=torch.ones(2)), "only one of them has extra"),
+        (lambda weights: weights.pop("transformer.wte.weight"), "only one of them has wte.weight"),
+        (
+            lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(31)}),
+            r"ln_f.bias has the shape \[31\], not \[32\]",
+        ),
+        (
+            lambda weights: weights.update({"transformer.h.1.mlp.c_fc.weight": torch.ones(128, 32)}),
+            r"h.1.mlp.c_fc.weight has the shape \[128, 32\], not \[32, 128\]",
+        ),
+        (lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(32).int()}), "not finite numbers"),
+        (lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(32).double() * 1e300}), "not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
+    save_reference(tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path)
+
+
 def test_a_head_of_its_own_is_refused(tmp_path):
-    theirs(tmp_path, tie_word_embeddings=False)
+    save_reference(tmp_path, tie_word_embeddings=False)
     edit(tmp_path / "config.json", tie_word_embeddings=True)
     with pytest.raises(UserError, match="lm_head is not its token embedding"):
         load_pretrained(tmp_path)
 
 
 def test_damaged_and_missing_files_are_one_line(tmp_path):
-    theirs(tmp_path, save={"max_shard_size": "50KB"})
+    save_reference(tmp_path, save={"max_shard_size": "50KB"})
     shard = max(tmp_path.glob("*.safetensors"), key=os.path.getsize)
     for path in (tmp_path / "config.json", tmp_path / "model.safetensors.index.json", shard):
         whole = path.read_bytes()
@@ -177,17 +222,18 @@ def test_damaged_and_missing_files_are_one_line(tmp_path):
             path.unlink()
             if part is not None:
                 path.write_bytes(part)
-            with pytest.raises((UserError, OSError)) as error:
+            with pytest.raises(UserError) as error:
                 load_pretrained(tmp_path)
-            assert path.name in str(error.value) or "no " in str(error.value)
+            assert path.name in str(error.value) or "No such file" in str(error.value)
         path.write_bytes(whole)
-    edit(tmp_path / "model.safetensors.index.json", weight_map={"wte.weight": "../elsewhere.safetensors"})
-    with pytest.raises(UserError, match="not in the folder"):
-        load_pretrained(tmp_path)
+    for weight_map in ({"wte.weight": "../elsewhere.safetensors"}, {"wte.weight": 1}, ["model.safetensors"], None):
+        edit(tmp_path / "model.safetensors.index.json", weight_map=weight_map)
+        with pytest.raises(UserError, match="does not name files in its folder"):
+            load_pretrained(tmp_path)
 
 
 def test_a_pickle_is_not_opened(tmp_path):
-    theirs(tmp_path)
+    save_reference(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     with pytest.raises(UserError, match=r"a pickle .*transformers"):
@@ -195,19 +241,43 @@ def test_a_pickle_is_not_opened(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    reference = theirs(tmp_path)
+    reference = save_reference(tmp_path)
     reference.transformer.wte.weight.data[3, 3] = float("nan")
     reference.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"wte.weight has values that are not finite"):
         load_pretrained(tmp_path)
 
 
+def test_a_buffer_of_ones_own_is_filled_as_its_class_says(tmp_path, monkeypatch):
+    save_reference(tmp_path)
+    build = MiniGPT.__init__
+
+    def with_buffers(self, config):
+        build(self, config)
+        self.register_buffer("angles", torch.arange(16) / 10, persistent=False)
+        self.register_buffer("scale", torch.nn.init.constant_(torch.empty(8), 3.0), persistent=False)
+
+    monkeypatch.setattr(MiniGPT, "__init__", with_buffers)
+    model = load_pretrained(tmp_path)
+    assert torch.equal(model.angles, torch.arange(16) / 10) and torch.equal(model.scale, torch.full((8,), 3.0))
+
+
+def test_loading_draws_no_weights_and_leaves_a_model_that_trains(tmp_path):
+    save_reference(tmp_path)
+    before = torch.get_rng_state()
+    model = load_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))[1].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert MiniGPT(GPTConfig(16, 65, 2, 2, 32)).wte.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 @pytest.mark.parametrize("package", ["huggingface_hub", "safetensors"])
 def test_a_missing_package_is_one_line(workdir, monkeypatch, package):
-    theirs()
+    save_reference()
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
-        load_pretrained("gpt2" if package == "huggingface_hub" else "theirs")
+        load_pretrained("gpt2" if package == "huggingface_hub" else "reference")
 
 
 def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsys, train):
@@ -218,12 +288,12 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    assert "gpt2-medium can't be downloaded from the hub (OSError)" in fails(capsys, train, init_from="gpt2-medium")
+    assert "gpt2-medium can't be downloaded (OSError)" in fails(capsys, train, init_from="gpt2-medium")
     assert not Path("out").exists()
     assert "no gpt3/config.json: expected gpt2, gpt2-medium" in fails(capsys, train, init_from="gpt3")
-    reference = theirs()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: "theirs")
-    assert_same_logits(MiniGPT.from_pretrained("gpt2-xl"), reference)
+    reference = save_reference()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: "reference")
+    assert_same_logits(load_pretrained("gpt2-xl"), reference)
 
 
 # ------------------------------------------------------------------------------------------------------------ out
@@ -233,8 +303,8 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
     "changes", [{}, {"bias": False, "dropout": 0.2}, {"vocab_size": 321, "n_head": 3, "n_embd": 33}]
 )
 def test_transformers_loads_what_was_saved_without_a_warning(tmp_path, warnings, changes):
-    model = ours(**changes)
-    model.save_pretrained(tmp_path)
+    model = random_model(**changes)
+    save_pretrained(model, tmp_path)
     reference, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and not warnings
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
@@ -249,17 +319,70 @@ def test_transformers_loads_what_was_saved_without_a_warning(tmp_path, warnings,
 
 
 def test_an_export_that_fails_does_not_look_whole(tmp_path, monkeypatch):
-    save_pretrained(ours(), tmp_path)
+    save_pretrained(random_model(), tmp_path)
 
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("files.write_whole", full)
-    with pytest.raises(OSError):
-        save_pretrained(ours(), tmp_path)
+    monkeypatch.setattr("support.checkpoint.write_whole", full)
+    with pytest.raises(UserError, match=r"can't be written: .*No space left"):
+        save_pretrained(random_model(), tmp_path)
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(UserError, match=r"no .*config.json"):
         load_pretrained(tmp_path)
+
+
+@pytest.fixture
+def export_command(tmp_path, monkeypatch):
+    """export_command() runs python -m extras.export in this process, on the checkpoint of a random model."""
+    monkeypatch.chdir(tmp_path)
+    model = random_model(vocab_size=256)
+    state = {"model": model.state_dict(), "model_args": vars(model.config), "step": 7, "tokenizer": ByteTokenizer.meta}
+    Path("out").mkdir()
+    torch.save(state, "out/best.pt")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export", *arguments])
+        monkeypatch.delitem(sys.modules, "extras.export", raising=False)
+        runpy.run_module("extras.export", run_name="__main__")
+
+    return run
+
+
+def test_the_command_writes_a_folder_that_transformers_loads(export_command, capsys):
+    export_command("--checkpoint=best")
+    assert "out/pretrained: out/best.pt of step 7" in capsys.readouterr().out
+    reference = transformers.GPT2LMHeadModel.from_pretrained("out/pretrained")
+    assert_same_logits(sample.load_model("out/best.pt")[0], reference)
+    assert transformers.AutoTokenizer.from_pretrained("out/pretrained")("é")["input_ids"] == list("é".encode())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, ValueError])
+def test_a_mistake_in_ones_own_model_shows_its_traceback(export_command, tmp_path, monkeypatch, kind):
+    save_reference(tmp_path / "reference")
+
+    def mistaken(self, config):
+        raise kind("my mistake")
+
+    monkeypatch.setattr(MiniGPT, "__init__", mistaken)
+    with pytest.raises(kind, match="my mistake") as error:
+        export_command()
+    assert error.type is kind
+    with pytest.raises(kind, match="my mistake") as error:
+        load_pretrained(tmp_path / "reference")
+    assert error.type is kind
+
+
+def test_mistakes_in_the_command_are_one_line(export_command, capsys):
+    for arguments, message in (
+        (["--checkpoint=none"], "no checkpoint out/none.pt"),
+        (["--folder=out/best.pt"], "error: out/best.pt can't be written"),
+        (["--file=x"], "unknown setting --file"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            export_command(*arguments)
+        text = capsys.readouterr().err
+        assert error.value.code == 2 and message in text and text.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
@@ -293,11 +416,11 @@ def test_transformers_encodes_with_the_saved_tokenizer_as_we_do(request, tmp_pat
     else:
         tokenizer = {
             "bpe": trained_bpe,
-            "greedy bpe": lambda: trained_bpe(pretrained.GPT2_PATTERN),
+            "greedy bpe": lambda: trained_bpe(GPT2_PATTERN),
             "byte": ByteTokenizer,
             "char": lambda: CharTokenizer("".join(sorted(set(text)))),
         }[kind]()
-    save_pretrained(ours(vocab_size=tokenizer.vocab_size, n_layer=1), tmp_path, tokenizer)
+    save_pretrained(random_model(vocab_size=tokenizer.vocab_size, n_layer=1), tmp_path, tokenizer)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(fast) == tokenizer.vocab_size and fast.eos_token_id == tokenizer.eos_token
     ids = fast(text, verbose=False)["input_ids"]
@@ -336,13 +459,31 @@ def test_gpt2s_own_tokenizer_file_is_read(tmp_path, gpt2_vocabulary, tiny_shakes
 
 
 def test_a_tokenizer_of_another_kind_is_left_out(tmp_path):
-    theirs(tmp_path)
+    save_reference(tmp_path)
     assert load_pretrained_tokenizer(tmp_path) is None
     for content in ("", "[]", '{"model": {"type": "Unigram"}}', '{"model": {"type": "BPE", "vocab": {}}}'):
         (tmp_path / "tokenizer.json").write_text(content)
         assert load_pretrained_tokenizer(tmp_path) is None
-    with pytest.raises(ValueError, match="not a pair of earlier ones"):
-        pretrained.merges({b"a": 0, b"b": 1, b"c": 2, b"abc": 3})
+    damages = [
+        lambda fast: fast["model"]["vocab"].update(a=-1),
+        lambda fast: fast["model"]["vocab"].update(a=2**40),
+        lambda fast: fast["model"]["vocab"].update(a=98),  # b's
+        lambda fast: fast["model"]["vocab"].update(a="x"),
+        lambda fast: fast["model"]["vocab"].pop("a"),
+        lambda fast: fast["model"]["merges"].pop(),
+        lambda fast: fast["added_tokens"][0].update(id=5),
+        lambda fast: fast["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+        lambda fast: fast["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
+    ]
+    tokenizer = trained_bpe()
+    edit(tmp_path / "config.json", vocab_size=tokenizer.vocab_size)
+    for damage in (dict, *damages):  # dict changes nothing
+        fast = to_fast(tokenizer)
+        damage(fast)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
+        assert (load_pretrained_tokenizer(tmp_path) is None) == (damage is not dict)
+    with pytest.raises(UserError, match="abc is not a pair of earlier tokens"):
+        pretrained.merges({"a": 0, "b": 1, "c": 2, "abc": 3})
 
 
 # ---------------------------------------------------------------------------------------------------- fine-tuning
@@ -352,7 +493,7 @@ def test_a_tokenizer_of_another_kind_is_left_out(tmp_path):
 def run_to_finetune(train):
     """A character model that the test itself has pretrained and saved, in out/pretrained."""
     train(max_iters=60, eval_interval=30)
-    pretrained.main(pretrained.Settings(out_dir="out"))
+    export.main(export.Settings(out_dir="out"))
     return Path("out/pretrained")
 
 
@@ -388,20 +529,17 @@ def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(train, 
     train(max_iters=12, **(start | size | {"init_from": "resume"}), out_dir="parts")
     whole, parts = torch.load("whole/last.pt"), torch.load("parts/last.pt")
     assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
-    assert whole["config"]["n_layer"] == 2 and whole["config"]["init_from"] == "out/pretrained"
-    assert parts["config"]["init_from"] == "out/pretrained"
+    assert whole["model_args"]["n_layer"] == 2 and whole["init_from"] == parts["init_from"] == "out/pretrained"
 
 
 def test_a_transformers_model_is_fine_tuned_and_goes_back(train):
     """In, fine-tuned, out: with a tokenizer file that the dataset was prepared with."""
-    import prepare_data
-
     tokenizer = trained_bpe()
-    reference = theirs("mine", vocab_size=tokenizer.vocab_size)
+    reference = save_reference("mine", vocab_size=tokenizer.vocab_size)
     Path("mine/tokenizer.json").write_text(json.dumps(to_fast(tokenizer)))
     prepare_data.prepare("text", "tiny.txt", "mine")
     train(dataset="text", init_from="mine", max_iters=2, learning_rate=1e-3)
-    pretrained.main(pretrained.Settings(checkpoint="last.pt", folder="tuned"))
+    export.main(export.Settings(checkpoint="last.pt", folder="tuned"))
     tuned = transformers.GPT2LMHeadModel.from_pretrained("tuned")
     ids = transformers.AutoTokenizer.from_pretrained("tuned")(TEXT, return_tensors="pt")["input_ids"][:, :16]
     assert tuned(ids, labels=ids).loss < reference(ids, labels=ids).loss
@@ -410,31 +548,25 @@ def test_a_transformers_model_is_fine_tuned_and_goes_back(train):
 
 def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(train, run_to_finetune, capsys):
     before = Path("out/last.pt").read_bytes()
-    assert "did not begin with out/pretrained" in fails(capsys, train, init_from="out/pretrained")
+    assert "init_from auto, not out/pretrained" in fails(capsys, train, init_from="out/pretrained")
     assert Path("out/last.pt").read_bytes() == before
     new = {"init_from": "out/pretrained", "out_dir": "new"}
-    assert "--block_size=16 is the most" in fails(capsys, train, block_size=17, **new)
-    import prepare_data
-
+    assert "16 tokens: that is the largest --block_size" in fails(capsys, train, block_size=17, **new)
     for text in ("something else " * 50, TEXT.replace("T", "X")):  # fewer characters, and others
         Path("other.txt").write_text(text)
         prepare_data.prepare("other", "other.txt")
         message = fails(capsys, train, dataset="other", **new)
-        assert (
-            "23 tokens of out/pretrained are not the" in message
-            and "of data/other" in message
-            and "--tokenizer=out/pretrained" in message
-        )
-    theirs("theirs", vocab_size=23)
+        assert "data/other has other tokens than out/pretrained" in message and "--tokenizer=out/pretrained" in message
+    save_reference("reference", vocab_size=23)
     with pytest.raises(SystemExit):
-        sample.main(sample.Settings(init_from="theirs"))
-    assert "theirs has no tokenizer.json" in capsys.readouterr().err
+        sample.main(sample.Settings(init_from="reference"))
+    assert "reference has no tokenizer.json" in capsys.readouterr().err
     assert not Path("new").exists()
 
 
 def test_the_commands_export_and_fine_tune_on_two_ranks(run, train):
     train()
-    done = run("pretrained.py", "--out_dir=out", "--folder=mine")
+    done = run("extras.export", "--out_dir=out", "--folder=mine")
     assert done.returncode == 0 and 'from_pretrained("mine")' in done.stdout, done.stderr
     for out_dir, ranks in (("one", 1), ("two", 2)):
         changes = {"init_from": "mine", "out_dir": out_dir, "max_iters": 3}
@@ -448,7 +580,6 @@ def test_the_commands_export_and_fine_tune_on_two_ranks(run, train):
 
 def test_the_config_for_fine_tuning_fine_tunes(train, run_to_finetune):
     import train as train_module
-    from config import read_settings
 
     changes = ["--dataset=tiny", f"--init_from={run_to_finetune}", "--block_size=16", "--max_iters=10", "--device=cpu"]
     config = str(ROOT / "config/finetune_shakespeare.py")

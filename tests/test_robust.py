@@ -20,9 +20,9 @@ from test_train import fails, losses, metrics, same
 
 import sample
 import train as train_module
-from checkpoint import read_checkpoint
-from config import read_settings
 from model import MiniGPT
+from support.checkpoint import Run, read_checkpoint
+from support.settings import one_line_errors, read_settings
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sends signals and looks processes up in /proc")
 LONG = {"max_iters": 100_000, "eval_interval": 100_000, "save_interval": 1, "log_interval": 1000, "lr_decay_iters": 600}
@@ -82,7 +82,7 @@ def test_a_signal_stops_after_the_step_with_everything_saved(start, number):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == -number  # what the shell shows as 128 + number
     step = torch.load("out/last.pt")["step"]
-    assert f"{number.name}: stopped after step {step}" in printed
+    assert f"interrupted: saved at step {step}; run the same command to resume" in printed
     assert "Traceback" not in printed
 
 
@@ -90,7 +90,7 @@ def test_a_signal_stops_after_the_step_with_everything_saved(start, number):
 def test_a_second_interrupt_ends_at_once(start):
     process = start(**(LONG | {"gradient_accumulation_steps": 1_000_000}), wait=False)
     for line in process.stdout:
-        if line.startswith("a step"):
+        if line.startswith("step: "):
             break
     time.sleep(1)  # it is within its first step, which takes minutes
     process.send_signal(signal.SIGINT)
@@ -107,9 +107,9 @@ def test_two_ranks_stop_at_the_same_step_and_go_on(start, run):
     os.kill(ranks_of(process)[1], signal.SIGTERM)  # one of them is enough
     printed, _ = process.communicate(timeout=60)
     step = torch.load("out/last.pt")["step"]
-    assert f"SIGTERM: stopped after step {step}" in printed
+    assert f"interrupted: saved at step {step}" in printed
     done = run("train.py", *flags(**(LONG | {"max_iters": step + 2})), ranks=2)
-    assert done.returncode == 0 and f"going on from out/last.pt at step {step}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"resuming out/last.pt at step {step}" in done.stdout, done.stderr
 
 
 @linux
@@ -120,7 +120,7 @@ def test_a_killed_rank_restarts_the_job_which_ends_with_the_same_bits(start, run
     process = start(2, ["--standalone", "--max-restarts=3"], **(steps | {"out_dir": "out", "init_from": "scratch"}))
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "going on from out/last.pt" in printed, printed
+    assert process.returncode == 0 and "resuming out/last.pt" in printed, printed
     whole, parts = torch.load("whole/last.pt"), torch.load("out/last.pt")
     assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
 
@@ -142,7 +142,7 @@ def test_two_agents_train_as_two_nodes_do(start, run):
     os.kill(ranks_of(first)[0], signal.SIGKILL)
     first_printed, second_printed = first.communicate(timeout=150)[0], second.communicate(timeout=150)[0]
     assert first.returncode == second.returncode == 0, first_printed + second_printed
-    assert "going on from out/last.pt" in first_printed + second_printed
+    assert "resuming out/last.pt" in first_printed + second_printed
     assert same(torch.load("whole/last.pt")["model"], torch.load("out/last.pt")["model"])
 
 
@@ -173,7 +173,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(start):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert time.monotonic() - begun < 60
-    assert "error: " in printed and "--timeout" in printed, printed
+    assert "advice: " in printed and "--timeout" in printed, printed
 
 
 @linux
@@ -184,7 +184,7 @@ def test_a_rank_that_hears_nothing_of_another_ends_within_the_timeout(start):
     begun, printed = time.monotonic(), ""
     while "--timeout" not in printed and process.poll() is None:
         printed += process.stdout.readline()
-    assert "error: " in printed and "--timeout" in printed, printed
+    assert "advice: " in printed and "--timeout" in printed, printed
     assert time.monotonic() - begun < 30
     os.kill(hanging, signal.SIGKILL)  # which torchrun would do half a minute later
     assert process.wait(timeout=60) != 0
@@ -262,26 +262,27 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(train, broken, cap
     broken([0])
     train(max_iters=4, lr_decay_iters=4, gradient_accumulation_steps=1, **options)
     after = torch.load("out/last.pt")
-    assert same(before["model"], after["model"]) and after["step"] == 4 and after["skipped"] == 1
-    strip = lambda state: [s["state"] for s in (state if isinstance(state, list) else [state])]  # noqa: E731
-    assert same(strip(before["optimizer"]), strip(after["optimizer"]))
-    assert "1 steps skipped" in capsys.readouterr().out
-    assert metrics()[-2]["loss"] is None and metrics()[-2]["skipped"] == 1
+    assert same(before["model"], after["model"]) and after["step"] == 4
+    assert same(before["optimizer"]["state"], after["optimizer"]["state"])
+    assert "1 skipped: gradient not finite" in capsys.readouterr().out
+    assert metrics()[-2]["loss"] is None
+    scale = before["scaler"]["scale"]
+    assert after["scaler"]["scale"] == (scale / 2 if options.get("dtype") == "float16" else scale == 1.0)
 
 
-def test_a_run_goes_on_after_a_few_bad_steps_and_stops_after_many_in_a_row(train, broken, capsys):
+def test_a_run_survives_a_few_broken_steps_and_ends_after_three_broken_log_lines(train, broken, capsys):
     broken({3, 4, 7})
-    train(max_iters=6, max_bad_steps=3, gradient_accumulation_steps=1)
-    assert torch.load("out/last.pt")["skipped"] == 2
+    train(max_iters=6, gradient_accumulation_steps=1)
+    assert torch.load("out/last.pt")["step"] == 6
     broken(range(1000))
     before = Path("out/last.pt").read_bytes()
-    message = fails(capsys, train, max_iters=20, eval_interval=20, max_bad_steps=3, gradient_accumulation_steps=1)
-    assert "not finite in 3 steps up to step 9" in message and "--learning_rate" in message
+    message = fails(capsys, train, max_iters=20, eval_interval=20, gradient_accumulation_steps=1)
+    assert "not finite in three log lines in a row up to step 9" in message and "--learning_rate" in message
     assert Path("out/last.pt").read_bytes() == before
 
 
 def test_weights_that_are_not_finite_are_never_saved(train, capsys):
-    message = fails(capsys, train, learning_rate=1e38, grad_clip=0.0, max_bad_steps=1000, warmup_iters=0)
+    message = fails(capsys, train, learning_rate=1e38, grad_clip=0.0, log_interval=1000, warmup_iters=0)
     assert "weights are not finite" in message
     assert not list(Path("out").glob("*.pt*"))
 
@@ -291,7 +292,7 @@ def test_two_ranks_skip_the_same_step(workdir):
     Path("broken.py").write_text(
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
         "import model, train\n"
-        "from config import read_settings\n"
+        "from support.settings import read_settings\n"
         "forward, count = model.MiniGPT.forward, iter(range(10**9))\n"
         "def nan(self, *args, **kwargs):\n"
         "    logits, loss = forward(self, *args, **kwargs)\n"
@@ -303,8 +304,7 @@ def test_two_ranks_skip_the_same_step(workdir):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "broken.py", ROOT]
     done = subprocess.run([*map(str, command), *flags()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "1 steps skipped" in done.stdout
-    assert torch.load("out/last.pt")["skipped"] == 1
+    assert "1 skipped: gradient not finite" in done.stdout
 
 
 def test_a_run_is_deterministic(train):
@@ -327,19 +327,13 @@ def test_one_two_and_one_ranks_in_turn_make_the_same_run(run):
 
 def test_saves_come_by_steps_and_by_minutes(train, monkeypatch):
     saved = []
-    save = train_module.save_checkpoint
-    monkeypatch.setattr(train_module, "save_checkpoint", lambda p, s: (saved.append((p.name, s["step"])), save(p, s)))
+    save = Run.save
+    monkeypatch.setattr(Run, "save", lambda run, name, s: (saved.append((name, s["step"])), save(run, name, s)))
     train(save_interval=2, max_iters=5, eval_interval=100)
     assert saved == [("last.pt", 2), ("last.pt", 4), ("best.pt", 5), ("last.pt", 5)]
     saved.clear()
     train(save_minutes=0.0, max_iters=7, eval_interval=100)
     assert saved[0] == ("last.pt", 6)
-
-
-def test_a_refused_checkpoint_names_the_newest_good_one(train, capsys):
-    train()
-    Path("out/last.pt").write_bytes(b"")
-    assert "out/best.pt is, from step" in fails(capsys, train)
 
 
 class Malicious:
@@ -361,19 +355,15 @@ def test_a_malicious_checkpoint_runs_no_code(train, capsys, form):
     assert not Path("code_was_run").exists()
 
 
-@pytest.mark.parametrize("change", ["new", "same size"])
-def test_data_that_changed_since_the_run_began_is_refused(train, capsys, change):
-    train()
-    path = Path("data/tiny/train.bin")
-    if change == "new":
-        import prepare_data
+def test_data_that_was_prepared_anew_since_the_run_began_is_refused(train, capsys):
+    import prepare_data
 
-        prepare_data.prepare("tiny", "tiny.txt", "byte")
-    else:
-        tokens = np.fromfile(path, "<u2")
-        tokens[1234] = (tokens[1234] + 1) % 23
-        tokens.tofile(path)
-    assert "is not that or has changed" in fails(capsys, train, max_iters=9)
+    train()
+    prepare_data.prepare("tiny", "tiny.txt", "byte")
+    assert "is a different text" in fails(capsys, train, max_iters=9)
+    Path("tiny.txt").write_text(Path("tiny.txt").read_text().replace("To be", "To do"))
+    prepare_data.prepare("tiny", "tiny.txt")
+    assert "is a different text" in fails(capsys, train, max_iters=9)
 
 
 def test_token_ids_past_the_vocabulary_are_found(train, capsys):
@@ -399,27 +389,19 @@ def mutate_bytes(data, rng):
     return bytes(rng.randrange(256) for _ in range(rng.randrange(200)))
 
 
-WRONG = [None, True, -1, 0, 3, 2**40, 10**30, 0.5, float("nan"), float("inf"), "", "gpt2", "../../etc", "é☃\0",
-         {}, [], [1], {"a": 1}, torch.zeros(3), torch.zeros(2, 2, dtype=torch.int8),
-         torch.zeros(1).expand(999, 999)]  # fmt: skip
+WRONG = [None, True, -1, 0, 3, 2**40, 10**30, 0.5, float("nan"), "", "gpt2", "../../etc", "é☃\0", {}, [], [1], {"a": 1}]
 
 
-def mutate_value(value, rng, json_only=False):
-    """A copy of a nested value in which one thing is replaced, removed or reshaped."""
+def mutate_value(value, rng):
+    """A copy of a nested value in which one thing is replaced or removed."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         value, key = dict(value), rng.choice(list(value))
         if rng.random() < 0.15:
             del value[key]
         else:
-            value[key] = mutate_value(value[key], rng, json_only)
+            value[key] = mutate_value(value[key], rng)
         return value
-    if isinstance(value, list) and value and rng.random() < 0.9:
-        value, at = list(value), rng.randrange(len(value))
-        value[at] = mutate_value(value[at], rng, json_only)
-        return value
-    if isinstance(value, torch.Tensor) and value.dim() and rng.random() < 0.5:
-        return rng.choice([value[:-1], value[None], value.double(), value.t() if value.dim() == 2 else value.flip(0)])
-    return rng.choice([wrong for wrong in WRONG if not (json_only and isinstance(wrong, torch.Tensor))])
+    return rng.choice(WRONG)
 
 
 def mutate_command_line(rng):
@@ -450,22 +432,20 @@ def survives(capsys, action):
 def test_mutated_inputs_end_with_one_line(train, capsys, count):
     train()
     good = {path: path.read_bytes() for path in (*Path("out").glob("*.pt"), *Path("data/tiny").iterdir())}
-    meta, state = json.loads(good[Path("data/tiny/meta.json")]), torch.load("out/last.pt")
+    meta = json.loads(good[Path("data/tiny/meta.json")])
     worked, problems = 0, []
     for number in range(count):
         rng = random.Random(number)
-        for kind in ("checkpoint bytes", "checkpoint", "meta bytes", "meta", "tokens", "command line"):
+        for kind in ("checkpoint bytes", "meta bytes", "meta", "tokens", "command line"):
             for path, data in good.items():
                 path.write_bytes(data)
             arguments = flags(max_iters=7, eval_interval=7)
             if kind == "checkpoint bytes":
                 Path("out/last.pt").write_bytes(mutate_bytes(good[Path("out/last.pt")], rng))
-            elif kind == "checkpoint":
-                torch.save(mutate_value(state, rng), "out/last.pt")
             elif kind == "meta bytes":
                 Path("data/tiny/meta.json").write_bytes(mutate_bytes(good[Path("data/tiny/meta.json")], rng))
             elif kind == "meta":
-                Path("data/tiny/meta.json").write_text(json.dumps(mutate_value(meta, rng, json_only=True)))
+                Path("data/tiny/meta.json").write_text(json.dumps(mutate_value(meta, rng)))
             elif kind == "tokens":
                 path = rng.choice([Path("data/tiny/train.bin"), Path("data/tiny/val.bin")])
                 path.write_bytes(mutate_bytes(good[path], rng))
@@ -478,7 +458,7 @@ def test_mutated_inputs_end_with_one_line(train, capsys, count):
             elif kind != "command line":
                 arguments[arguments.index("--out_dir=out")] = "--out_dir=mutated"
 
-            @train_module.one_line_errors()
+            @one_line_errors()
             def start(arguments=arguments):
                 train_module.main(read_settings(train_module.Settings, arguments, ""))
 
@@ -491,7 +471,7 @@ def test_mutated_inputs_end_with_one_line(train, capsys, count):
             for path in Path("mutated").glob("*"):
                 path.unlink()
     assert not problems, "\n".join(problems)
-    assert 0 < worked < 8 * count
+    assert 0 < worked < 6 * count
 
 
 # ------------------------------------------------------------------------------------------------------- the soak

@@ -1,12 +1,10 @@
-import re
-
 import pytest
 import torch
 
 import sample
-from fast import compile_step, pack
 from model import GPTConfig, KVCache, MiniGPT
 from sample import generate, next_token_probs
+from support.fast import CompiledReader, reader
 
 
 def model(**changes):
@@ -148,31 +146,53 @@ def test_text_is_streamed_without_broken_characters(train, capsysbinary, monkeyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_model_gives_the_logits_of_the_plain_one(dtype, rows, bias):
-    torch.manual_seed(0)
+def test_the_fast_reader_gives_the_logits_of_the_plain_model(dtype, rows, bias):
     small = model(n_embd=36, bias=bias).to(dtype)
     idx = torch.randint(65, (rows, 16))
+    read, cache, end = reader(small, rows), KVCache(small.config, rows, dtype=dtype), 0
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2  # logits of about 1, of three digits at most
     with torch.inference_mode():
         expected = small(idx)[0]
-        pack(small, rows)
-        cache = KVCache(small.config, rows, dtype=dtype)
-        parts = [small(part, cache=cache)[0] for part in idx.split([5, *[1] * 11], dim=1)]
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2  # logits of about 1, of three digits at most
-    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=tolerance, rtol=tolerance)
+        for part in idx.split([5, *[1] * 11], dim=1):
+            end += part.size(1)
+            logits = read(part, cache=cache)[0][:, -1]
+            torch.testing.assert_close(logits, expected[:, end - 1], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_compiled_step_is_compiled_once_and_writes_the_same(packed):
+def test_a_model_that_has_written_can_still_be_trained_and_its_new_weights_write():
+    small = model()
+    idx = torch.randint(65, (1, 5))
+    before = generate(small, idx, 11, temperature=0)
+    assert reader(small, 1) is reader(small, 1) is not small  # packed once
+    small.train()
+    optimizer = torch.optim.SGD(small.parameters(), lr=1.0)
+    small(idx, idx)[1].backward()
+    assert all(p.grad is not None for p in small.parameters())
+    optimizer.step()
+    small.eval()
+    after = generate(small, idx, 11, temperature=0)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, naive(small, idx, 11, lambda logits: logits.argmax(-1, keepdim=True)))
+
+
+def test_what_a_fork_changes_in_the_model_is_in_the_fast_reader_too(monkeypatch):
+    head = MiniGPT.head
+    monkeypatch.setattr(MiniGPT, "head", lambda self, x: 30 * torch.tanh(-head(self, x) / 30))
+    small = model()
+    idx = torch.randint(65, (1, 5))
+    expected = naive(small, idx, 11, lambda logits: logits.argmax(-1, keepdim=True))
+    assert torch.equal(generate(small, idx, 11, temperature=0), expected)
+
+
+def test_a_compiled_step_is_compiled_once_and_writes_the_same():
     from torch._dynamo.testing import CompileCounter
 
     small, counter = model(), CompileCounter()
     idx = torch.randint(65, (1, 5)).expand(2, -1)
     expected = generate(small, idx, 30, temperature=0)  # past block_size
-    if packed:
-        pack(small, 2)
-    compile_step(small, backend=counter)
-    assert torch.equal(generate(small, idx, 30, temperature=0), expected)
-    assert torch.equal(generate(small, idx, 11, temperature=0), expected[:, :16])
+    read = CompiledReader(small, backend=counter)
+    assert torch.equal(generate(small, idx, 30, temperature=0, read=read), expected)
+    assert torch.equal(generate(small, idx, 11, temperature=0, read=read), expected[:, :16])
     assert counter.frame_count == 1
 
 
@@ -190,28 +210,3 @@ def test_the_probabilities_shown_are_those_of_the_model_also_past_block_size():
 
     naive(gpt, idx, 30, replay)
     torch.testing.assert_close(torch.stack(seen), torch.stack(expected), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("terminal, no_color", [(True, ""), (True, "1"), (False, "")])
-def test_tokens_are_coloured_in_terminals_only(train, capsys, monkeypatch, terminal, no_color):
-    train()
-    monkeypatch.setenv("NO_COLOR", no_color)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr("sys.stdout.reconfigure", lambda **how: None, raising=False)
-    capsys.readouterr()
-    options = {"prompt": "To be", "max_new_tokens": 30, "device": "cpu"}
-    sample.main(sample.Settings(**options))
-    plain = capsys.readouterr().out
-    sample.main(sample.Settings(**options, show_probs=True, alternatives=2))
-    shown = capsys.readouterr()
-    colors = re.findall(r"\x1b\[[^m]*m", shown.out)
-    assert re.sub(r"\x1b\[[^m]*m", "", shown.out) == plain  # the same text
-    assert len(colors) == (2 * sum(c != "\n" for c in plain[5:-1]) if terminal and not no_color else 0)
-    assert len(re.findall(r"(?m)^.+ [0-9.]+% \| .+ [0-9.]+% \| .+ [0-9.]+%$", shown.err)) == 30
-
-
-def test_the_colour_tells_the_probability():
-    assert sample.paint("a\nb", 0.95) == "\033[30;48;5;114ma\033[0m\n\033[30;48;5;114mb\033[0m"
-    assert len({sample.paint("a", p) for p in (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)}) == 5
-    probs = torch.tensor([0.1, 0.6, 0.3])
-    assert sample.describe_choice(probs, 2, 5, lambda ids: "abc"[ids[0]]) == "'c' 30.0% | 'b' 60.0% | 'a' 10.0%"

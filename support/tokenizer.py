@@ -1,20 +1,20 @@
 """Tokenizers: from text to token ids and back.
 
-Each has encode(str) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> UTF-8 bytes, vocab_size, eos_token (the
-id of end of text, or None), encode_array(str) -> numpy array of ids, and meta: what load_tokenizer needs to build it
-again.
+Each has encode(str) -> list of ids, decode(ids) -> str, decode_bytes(ids) -> UTF-8 bytes, encode_array(str) -> array of
+ids, vocab_size, eos_token (the id of end of text, or None) and meta, from which load_tokenizer builds it again.
 """
 
 import base64
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
+import regex  # a requirement of tiktoken
+import tiktoken
 
-from config import UserError
+from support.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pieces (Radford et al. 2019), inside which bytes are merged: 's, words and numbers with the space before
@@ -36,8 +36,7 @@ class ByteTokenizer:
         return self.encode_array(text).tolist()
 
     def encode_texts(self, texts: list[tuple[bool, str]]) -> np.ndarray:
-        """The ids of texts, one after the other. Each comes with whether end of text, if there is such a token, stands
-        before it."""
+        """The ids of all texts in a row; True puts end of text, if there is such a token, before a text."""
         return self.encode_array("".join(text for _, text in texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -48,16 +47,15 @@ class ByteTokenizer:
 
 
 class CharTokenizer(ByteTokenizer):
-    """Every character is a token: its place in `chars`, which is sorted."""
+    """Every character is a token: its id is its index in chars, which are sorted."""
 
-    split = set  # a text's units, of which the vocabulary is made
+    split = set  # from a text to the units of which the vocabulary is made
 
     def __init__(self, chars: Iterable[str]):
-        chars = "".join(chars)
-        self.meta = {"tokenizer": "char", "chars": chars}
-        self.vocab_size = len(chars)
-        self.chars = chars
-        self.codes = np.frombuffer(chars.encode("utf-32-le"), np.uint32)
+        self.chars = "".join(chars)
+        self.meta = {"tokenizer": "char", "chars": self.chars}
+        self.vocab_size = len(self.chars)
+        self.codes = np.frombuffer(self.chars.encode("utf-32-le"), np.uint32)
 
     def encode_array(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
@@ -66,8 +64,8 @@ class CharTokenizer(ByteTokenizer):
         if unknown.any():
             char = text[unknown.argmax()]
             raise UserError(
-                f"the character {char!r} (U+{ord(char):04X}) is not one of the {self.vocab_size} that the text "
-                "of this tokenizer had; --tokenizer=byte or gpt2 knows them all"
+                f"the character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} characters of the "
+                "training text; to allow any, prepare and train with --tokenizer=byte"
             )
         return ids
 
@@ -76,24 +74,20 @@ class CharTokenizer(ByteTokenizer):
 
 
 class BPETokenizer(ByteTokenizer):
-    """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019), done by tiktoken."""
+    """Byte-pair encoding (Sennrich et al. 2016; of bytes: Radford et al. 2019), computed by tiktoken."""
 
-    def __init__(self, encoding):
+    def __init__(self, encoding: tiktoken.Encoding):
         self.encoding = encoding
         self.vocab_size = encoding.n_vocab
         self.eos_token = encoding._special_tokens.get(END_OF_TEXT)
-        self.bytes = {rank: token for token, rank in encoding._mergeable_ranks.items()}
-        self.bytes |= {rank: token.encode("utf-8") for token, rank in encoding._special_tokens.items()}
+        self.bytes = {i: token for token, i in encoding._mergeable_ranks.items()}
+        self.bytes |= {i: token.encode("utf-8") for token, i in encoding._special_tokens.items()}
 
     @property
-    def meta(self):  # the whole vocabulary, so that a checkpoint can be sampled from where it can't be downloaded
-        lines = (f"{base64.b64encode(token).decode()} {rank}" for token, rank in self.encoding._mergeable_ranks.items())
-        return {
-            "tokenizer": self.encoding.name,
-            "pattern": self.encoding._pat_str,
-            "special_tokens": self.encoding._special_tokens,
-            "ranks": "\n".join(lines),  # as in a .tiktoken file
-        }
+    def meta(self) -> dict:  # the whole vocabulary, so that sampling from a checkpoint needs no download
+        e = self.encoding
+        ranks = "\n".join(f"{base64.b64encode(token).decode()} {i}" for token, i in e._mergeable_ranks.items())
+        return {"tokenizer": e.name, "pattern": e._pat_str, "special_tokens": e._special_tokens, "ranks": ranks}
 
     def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -112,13 +106,11 @@ class BPETokenizer(ByteTokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Learn a byte-level BPE of vocab_size tokens from an iterable of texts (Sennrich et al. 2016, algorithm 1).
+    """Learn a byte-level BPE of vocab_size tokens from texts (Sennrich et al. 2016, algorithm 1).
 
     The most frequent pair of neighbours becomes a token, again and again; of equally frequent pairs the one with the
-    lower ids. The last id is that of end of text. Raises UserError where the texts have too few pairs.
+    lower ids. The last id is that of end of text. Raises UserError if the texts have too few pairs.
     """
-    import regex  # tiktoken needs it too
-
     counts = Counter(piece for text in texts for piece in regex.findall(GPT2_PATTERN, text))
     words = [(list(piece.encode("utf-8")), n) for piece, n in counts.items()]  # each distinct piece once, as ids
     tokens = [bytes([i]) for i in range(256)]
@@ -128,15 +120,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         for pair in pairwise(word):
             pair_counts[pair] += n
             words_with[pair].add(i)
-    heap = [(-n, pair) for pair, n in pair_counts.items()]
-    heapify(heap)
+    heap = sorted((-n, pair) for pair, n in pair_counts.items())
     while len(tokens) < vocab_size - 1:
         if not heap:
-            raise UserError(
-                f"the text has pairs for no more than {len(tokens) + 1} tokens: --tokenizer=bpe:{len(tokens) + 1}"
-            )
+            size = len(tokens) + 1
+            raise UserError(f"the text has pairs for only {size} tokens: give more text or --tokenizer=bpe:{size}")
         count, pair = heappop(heap)
-        if -count != pair_counts[pair]:  # it has changed since: back with the count of now
+        if -count != pair_counts[pair]:  # outdated: put it back with the current count
             if pair_counts[pair] > 0:
                 heappush(heap, (-pair_counts[pair], pair))
             continue
@@ -147,7 +137,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         grown = set()
         for i in words_with.pop(pair):
             word, n = words[i]
-            merged = merge(word, pair, new)
+            merged = []
+            for part in word:  # from left to right
+                if merged and (merged[-1], part) == pair:
+                    merged[-1] = new  # not the first of a pair, whose token is shorter
+                else:
+                    merged.append(part)
             for old in pairwise(word):
                 pair_counts[old] -= n
             for made in pairwise(merged):
@@ -158,30 +153,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
             words[i] = merged, n
         for made in grown:
             heappush(heap, (-pair_counts[made], made))
-    return bpe_tokenizer(f"bpe:{vocab_size}", GPT2_PATTERN, ranks, {END_OF_TEXT: len(tokens)})
+    name, special = f"bpe:{vocab_size}", {END_OF_TEXT: len(tokens)}
+    return BPETokenizer(tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
 
-def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The ids of word, with new for each pair in it, from left to right."""
-    merged, i = [], 0
-    while i < len(word):
-        if tuple(word[i : i + 2]) == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
-
-
-def bpe_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> BPETokenizer:
-    import tiktoken  # here: the other tokenizers do without
-
-    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-    return BPETokenizer(encoding)
-
-
-LEARNED = {"char": CharTokenizer}  # made of the text's units
+LEARNED = {"char": CharTokenizer}  # made of the units of the text
 
 
 def load_tokenizer(meta: dict) -> ByteTokenizer:
@@ -196,21 +172,10 @@ def load_tokenizer(meta: dict) -> ByteTokenizer:
     if "ranks" in meta:
         ranks = (line.split() for line in meta["ranks"].split("\n"))
         ranks = {base64.b64decode(token): int(rank) for token, rank in ranks}
-        special = meta["special_tokens"]
-        if not all(0 <= i < 2 * (len(ranks) + 500) for i in (*ranks.values(), *special.values())):
-            raise UserError("the ids of this tokenizer are not those of a vocabulary: prepare the dataset again")
-        return bpe_tokenizer(name, meta["pattern"], ranks, special)
-    if (Path(name) / "tokenizer.json").is_file():  # of a model in the layout of the hub
-        from pretrained import load_pretrained_tokenizer
-
-        if tokenizer := load_pretrained_tokenizer(name):
-            return tokenizer
-        raise UserError(f"{Path(name) / 'tokenizer.json'} is not of a kind that this program knows, or not the model's")
-    import tiktoken
-
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(["char", "byte", *tiktoken.list_encoding_names(), "bpe:SIZE"])
-        raise UserError(f"unknown tokenizer {name}: expected one of {known}")
+        pattern, special = meta["pattern"], meta["special_tokens"]
+        return BPETokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    if name not in (known := tiktoken.list_encoding_names()):
+        raise UserError(f"no tokenizer {name}: expected char, byte, bpe:N (N > 256), {', '.join(known)} or a folder")
     try:
         return BPETokenizer(tiktoken.get_encoding(name))
     except Exception as error:  # requests' and urllib3's many, or a damaged file

@@ -1,0 +1,35 @@
+"""Export a run's model as a folder that transformers loads; run it in the repository.
+
+python -m extras.export --out_dir=out/shakespeare --folder=FOLDER
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sample import load_model
+from support.checkpoint import find_checkpoint
+from support.pretrained import save_pretrained
+from support.settings import one_line_errors, read_settings, setting
+
+
+@dataclass
+class Settings:
+    out_dir: str = setting("out", "the out_dir of a training run")
+    checkpoint: str = setting("", "best or last, or another file in out_dir; by default best, else last")
+    folder: str = setting("", "folder to write; by default OUT_DIR/pretrained")
+
+
+@one_line_errors()
+def main(s: Settings) -> None:
+    path = find_checkpoint(s.out_dir, s.checkpoint)
+    model, tokenizer, state = load_model(path)
+    folder = Path(s.folder or f"{s.out_dir}/pretrained")
+    save_pretrained(model, folder, tokenizer)
+    print(f'{folder}: {path} of step {state["step"]}, for transformers.GPT2LMHeadModel.from_pretrained("{folder}")')
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        settings = read_settings(Settings, sys.argv[1:], __doc__)
+    main(settings)

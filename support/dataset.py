@@ -1,0 +1,54 @@
+"""What prepare_data.py writes to data/NAME, as train.py reads it.
+
+train.bin and val.bin hold token ids, one after the other, as little-endian uint16 or uint32; meta.json has the
+tokenizer, the counts, and the source and sha256 of the text.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from support.settings import UserError
+from support.tokenizer import load_tokenizer
+
+DATA = Path("data")
+
+
+def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Return (training tokens, validation tokens, meta) of data/name, the tokens as memory-mapped arrays of shape (n,).
+
+    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for what can't be trained on, also
+    for no more than block_size tokens.
+    """
+    folder = DATA / name
+    if Path(name).name != name or not folder.is_dir():
+        raise UserError(f"no dataset {folder}: python prepare_data.py NAME --input PATH makes one")
+    if (folder / "partial" / "meta.json").exists():
+        raise UserError(f"an interruption left {folder} half replaced: prepare the dataset again")
+    meta = dict(dataset=name, source=f"nanoGPT's {folder}", tokenizer="gpt2", vocab_size=50257, dtype="uint16")
+    if (path := folder / "meta.json").exists():
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8")) | {"dataset": name}
+            same_size = meta["vocab_size"] == load_tokenizer(meta).vocab_size
+            if not (same_size and meta["dtype"] in ("uint16", "uint32") and meta["val_bytes"] > 0 and meta["source"]):
+                raise ValueError("its entries do not agree")
+        except Exception as error:  # it may hold anything
+            raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from error
+    elif (folder / "meta.pkl").exists():
+        command = f"python prepare_data.py {name} --input {folder / 'input.txt'}"
+        raise UserError(f"{folder / 'meta.pkl'} is a pickle and is not opened: prepare the text again, {command}")
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    splits = []
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size if path.is_file() else 0
+        if size == 0 or size / dtype.itemsize != meta.setdefault(f"{split}_tokens", size // dtype.itemsize):
+            raise UserError(f"{path} is missing or has a wrong size ({size:,} bytes): prepare the dataset again")
+        splits.append(np.memmap(path, dtype, mode="r").view(np.ndarray))
+        if len(splits[-1]) <= block_size:
+            needed = (
+                f"block_size {block_size} needs at least {block_size + 1}: give more text or a smaller --block_size"
+            )
+            raise UserError(f"{path} has only {len(splits[-1])} tokens; {needed}")
+    return *splits, meta

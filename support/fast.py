@@ -1,0 +1,106 @@
+"""Decoding as fast as the hardware allows: weights packed for a CPU, a step compiled for a GPU."""
+
+import copy
+import math
+from collections.abc import Callable
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+
+from model import KVCache, MiniGPT
+
+
+class PackedWeight(torch.Tensor):
+    """A Linear layer's weight with a `product` of its own: x, bias -> x W^T + bias."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear and isinstance(args[1], cls):
+            return args[1].product(args[0], *args[2:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def fast_product(weight: torch.Tensor, rows: int) -> Callable[..., torch.Tensor]:
+    """A function (x, bias=None) -> F.linear(x, weight, bias), fastest on a CPU for x of `rows` rows."""
+    if rows == 1 and weight.dtype == torch.float32:
+        # F.linear reads them with one core only; as a batch of products with a part of the weights each, all do
+        parts = weight.view(math.gcd(weight.size(0), 16), -1, weight.size(1))
+
+        def product(x, bias=None):
+            if x.numel() > weight.size(1):  # a prompt
+                return F.linear(x, weight, bias)
+            y = torch.bmm(parts, x.view(1, -1).t().expand(len(parts), -1, -1)).view(*x.shape[:-1], -1)
+            return y if bias is None else y + bias
+
+        return product
+    try:  # oneDNN reorders weights to suit its kernels: F.linear has it done again for each token
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    except (AttributeError, RuntimeError):  # a build or CPU without it
+        return lambda x, bias=None: F.linear(x, weight, bias)
+    return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+readers = WeakKeyDictionary()  # model: (what it was packed for, the packed model)
+
+
+def reader(model: MiniGPT, rows: int) -> MiniGPT:
+    """The model, or on a CPU a copy that shares its weights and reads one more token of `rows` texts faster.
+
+    The copy is kept until the weights change; the model itself stays as it is, and trainable.
+    """
+    if model.wte.weight.device.type != "cpu" or model.training:
+        return model
+    tensors = list(chain(model.parameters(), model.buffers()))
+    state = rows, [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
+    if readers.get(model, (None,))[0] != state:
+        packed = copy.deepcopy(model, {id(t): t for t in tensors})
+        weights = {module.weight for module in packed.modules() if type(module) is torch.nn.Linear}
+        replaced = {w: w.detach().as_subclass(PackedWeight) for w in weights | {packed.wte.weight}}
+        for w, new in replaced.items():
+            new.product = fast_product(w.detach(), rows)
+        for module in packed.modules():
+            for name, p in module._parameters.items():
+                module._parameters[name] = replaced.get(p, p)
+        readers[model] = state, packed
+    return readers[model][1]
+
+
+class StaticKVCache(KVCache):
+    """The same keys and values for one token at a time, in shapes that never change: what torch.compile can turn into
+    one CUDA graph. A token looks at the whole buffer, and a mask hides what is not filled yet."""
+
+    def __init__(self, cache: KVCache):
+        self.keys, self.values, self.size, self.length = cache.keys, cache.values, cache.size, 0
+        self.positions = torch.zeros(1, dtype=torch.long, device=cache.keys[0].device)  # of the token to read
+        for tensor in (*self.keys, *self.values, self.positions):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def advance(self, T):
+        return self.positions
+
+    def append(self, layer, k, v):
+        self.keys[layer].index_copy_(2, self.positions, k)
+        self.values[layer].index_copy_(2, self.positions, v)
+        mask = torch.arange(self.size, device=k.device) <= self.positions[:, None]
+        return self.keys[layer], self.values[layer], mask
+
+
+class CompiledReader:
+    """Calls a model, and for one token its compiled step, by default a CUDA graph where there is CUDA."""
+
+    def __init__(self, model: MiniGPT, **options):
+        self.model, self.caches = model, WeakKeyDictionary()
+        self.step = torch.compile(model.forward, fullgraph=True, **(options or {"mode": "reduce-overhead"}))
+
+    def __call__(self, idx: torch.Tensor, cache: KVCache):
+        if idx.size(1) > 1:
+            return self.model(idx, cache=cache)
+        if cache not in self.caches:
+            self.caches[cache] = StaticKVCache(cache)
+        static = self.caches[cache]
+        static.positions.fill_(cache.length)
+        cache.length += 1
+        return self.step(idx.clone(), cache=static)

@@ -1,0 +1,304 @@
+"""GPT-2's weights and tokenizers in and out, in the layout of the Hugging Face hub.
+
+A model folder has config.json (the sizes), model.safetensors or its shards (the weights), tokenizer.json and
+tokenizer_config.json. MiniGPT's parameters have the released names, but GPT-2's matrices are stored transposed,
+(in, out), and its token embedding has no padding.
+"""
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from torch.overrides import TorchFunctionMode
+
+from model import GPTConfig, MiniGPT
+from support.checkpoint import write_json
+from support.settings import UserError
+from support.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
+
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors")
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # which GPTConfig and config.json call the same
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+ARCHITECTURE = {  # what MiniGPT is, in the names of transformers' GPT2Config, whose defaults these are
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+class skip_init(TorchFunctionMode):
+    """`with skip_init():` torch.nn.init leaves parameters as they are, which saves 4 s where 355M are loaded next.
+    Buffers are filled as always."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        tensor = (kwargs or {}).get("tensor")  # torch.nn.init passes it by name
+        if isinstance(tensor, torch.nn.Parameter) and getattr(function, "__module__", "") == "torch.nn.init":
+            return tensor
+        return function(*args, **(kwargs or {}))
+
+
+def optional(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(f"this needs a package: pip install {package.split('.')[0]}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+def find(name_or_path: str | Path) -> Path:
+    """The folder for a path, or for one of the names in HUB, downloaded unless the hub's cache has it."""
+    folder = Path(name_or_path)
+    if name_or_path in HUB and not folder.is_dir():
+        hub = optional("huggingface_hub")
+        try:
+            return Path(hub.snapshot_download(f"openai-community/{name_or_path}", allow_patterns=list(FILES)))
+        except Exception as error:  # a network fails in many ways
+            advice = "give a folder that has its config.json and model.safetensors"
+            raise UserError(f"{name_or_path} can't be downloaded ({type(error).__name__}): {advice}") from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no {folder / 'config.json'}: expected {', '.join(HUB)}, or a folder with it and the weights")
+    return folder
+
+
+def read_config(folder: Path) -> GPTConfig:
+    """The sizes in a folder's config.json. Raises UserError if it is damaged or of another architecture."""
+    hf_config = read_json(folder / "config.json")
+    sizes = {name: hf_config.get(name) for name in ("n_positions", *SIZES)}
+    if any(type(size) is not int or size < 1 for size in sizes.values()) or sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(f"{folder / 'config.json'} has sizes that no GPT-2 can have: {sizes}")
+    if hf_config.get("activation_function") == "gelu_pytorch_tanh":
+        hf_config["activation_function"] = "gelu_new"  # two names of a formula
+    for name, value in {**ARCHITECTURE, "n_inner": 4 * sizes["n_embd"]}.items():
+        if hf_config.get(name) not in (None, value):
+            raise UserError(f"{folder} is of another architecture: {name} {hf_config[name]!r}, not {value!r}")
+    return GPTConfig(block_size=sizes.pop("n_positions"), **sizes, bias=True)
+
+
+def open_weights(folder: Path, config: GPTConfig) -> dict[str, Any]:
+    """{parameter's name: tensor, read when indexed by [...]} of a folder's weights. Raises UserError where they can't
+    be read, or don't have the sizes of config.json."""
+    safetensors = optional("safetensors")
+    files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files.values()):
+            raise UserError(f"{index} does not name files in its folder")
+        files = set(files.values())
+    elif not (folder / "model.safetensors").exists() and list(folder.glob("*.bin")):
+        raise UserError(f"{folder} has a pickle (.bin), which could run code: have transformers save it again")
+    weights = {}
+    for name in files:
+        try:
+            file = safetensors.safe_open(folder / name, framework="pt")
+            weights |= {key.removeprefix("transformer."): file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / name} can't be read: {error}") from error
+    # Older files have the causal masks too.
+    weights = {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    # Compared before a model is built, which would be as large as config.json says.
+    expected = {"wte.weight": [config.vocab_size, config.n_embd], "wpe.weight": [config.block_size, config.n_embd]}
+    found = {name: weights[name].get_shape() for name in expected if name in weights}
+    last_layer = f"h.{config.n_layer - 1}."
+    if expected | found != expected or not any(name.startswith(last_layer) for name in weights):
+        raise UserError(
+            f"{folder}: config.json asks for {expected} and {last_layer}*, which is not what the weights are"
+        )
+    return weights
+
+
+def as_in_file(name: str, p: torch.Tensor, config: GPTConfig) -> torch.Tensor:
+    """A parameter, or the part of it that GPT-2's files have, as they have it: a view without gradient."""
+    p = p.detach()[: config.vocab_size] if name == "wte.weight" else p.detach()
+    return p.transpose(0, -1) if name.endswith(TRANSPOSED) else p
+
+
+def load_pretrained(name_or_path: str | Path, block_size: int | None = None, dropout: float = 0.0) -> MiniGPT:
+    """A MiniGPT in eval mode, in float32 on the CPU, from "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" or from a
+    model folder. A block_size that is shorter than the model's crops its positions.
+
+    Raises UserError where there is no such model, or where it is damaged or of another architecture.
+    """
+    folder = find(name_or_path)
+    config = read_config(folder)
+    weights = open_weights(folder, config)
+    if block_size and block_size > config.block_size:
+        raise UserError(f"{folder} has positions for {config.block_size} tokens: that is the largest --block_size")
+    with skip_init():
+        model = MiniGPT(replace(config, block_size=block_size or config.block_size, dropout=dropout))
+    parameters = dict(model.named_parameters())
+    head = None if "lm_head.weight" in parameters else weights.pop("lm_head.weight", None)
+    if different := sorted(parameters.keys() ^ weights.keys()):
+        raise UserError(f"{folder} does not fit MiniGPT: only one of them has {different[0]}")
+    if head is not None and not torch.equal(head[...], weights["wte.weight"][...]):
+        raise UserError(f"{folder} is of another architecture: its lm_head is not its token embedding")
+    model.wte.weight.detach()[model.config.vocab_size :] = 0  # the padding
+    for name, p in parameters.items():
+        p, weight = as_in_file(name, p, model.config), weights[name][...]
+        if name == "wpe.weight":
+            weight = weight[: len(p)]
+        if weight.shape != p.shape:
+            raise UserError(f"{folder}: {name} has the shape {list(weight.shape)}, not {list(p.shape)}")
+        if not weight.is_floating_point() or not weight.float().isfinite().all():
+            raise UserError(f"{folder}: {name} has values that are not finite numbers")
+        p.copy_(weight)
+    return model.eval()
+
+
+def load_pretrained_tokenizer(name_or_path: str | Path) -> ByteTokenizer | None:
+    """The tokenizer of a name or folder as in load_pretrained; None if it is missing or from_fast does not know it."""
+    folder = find(name_or_path)
+    vocab_size = read_config(folder).vocab_size
+    tokenizer = None
+    if (folder / "tokenizer.json").exists():
+        with suppress(LookupError, TypeError, AttributeError, ValueError, OverflowError):  # it may hold anything
+            tokenizer = from_fast(read_json(folder / "tokenizer.json"))
+    elif vocab_size == 50257:
+        tokenizer = load_tokenizer({"tokenizer": "gpt2"})
+    return tokenizer if tokenizer and tokenizer.vocab_size == vocab_size else None
+
+
+def check_same_tokens(name: str, vocab_size: int, dataset_meta: dict[str, Any]) -> None:
+    """Raise UserError unless the token ids of a dataset are those that the weights called name were trained with."""
+    dataset_tokenizer, tokenizer = load_tokenizer(dataset_meta), None
+    with suppress(UserError):  # without it, compare the number of tokens alone
+        tokenizer = load_pretrained_tokenizer(name)
+    same = dataset_tokenizer.vocab_size == vocab_size
+    if same and tokenizer:
+        same = all(dataset_tokenizer.decode_bytes([i]) == tokenizer.decode_bytes([i]) for i in range(vocab_size))
+    if not same:
+        source, kind = f"data/{dataset_meta['dataset']}", "gpt2" if vocab_size == 50257 else name
+        raise UserError(f"{source} has other tokens than {name}: prepare it with --tokenizer={kind}")
+
+
+def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer | None = None) -> None:
+    """Write model, and its tokenizer if given, to folder, for transformers' GPT2LMHeadModel and AutoTokenizer.
+
+    config.json is written last: without it a folder is not a model's. Raises UserError where writing fails.
+    """
+    save_file, SafetensorError = optional("safetensors.torch").save_file, optional("safetensors").SafetensorError
+    config, folder = model.config, Path(folder)
+    if tokenizer and tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for a model of {config.vocab_size}")
+    weights = {}
+    for name, p in model.named_parameters():
+        weights[f"transformer.{name}"] = as_in_file(name, p, config).cpu().contiguous()
+        if not config.bias and name.endswith("weight") and not name.startswith(("wte", "wpe")):  # GPT-2 always has one
+            weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(p), dtype=p.dtype)
+
+    eos_token = tokenizer.eos_token if tokenizer else None
+    hf_config = ARCHITECTURE | {name: getattr(config, name) for name in SIZES} | {"n_positions": config.block_size}
+    hf_config |= {"architectures": ["GPT2LMHeadModel"], "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
+    hf_config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+    hf_config |= dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token)
+    contents = {}
+    if tokenizer:
+        options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
+        options |= {} if eos_token is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        options["clean_up_tokenization_spaces"] = False
+        contents = {"tokenizer.json": to_fast(tokenizer), "tokenizer_config.json": options}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for name, content in {**contents, "config.json": hf_config}.items():
+            write_json(folder / name, content)
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it the owner's only
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} can't be written: {error}") from error
+
+
+# Tokenizers, as the tokenizer.json of the package tokenizers. There a byte is written as a character: those that are
+# printable in Latin-1 as themselves, the others, in their order, as U+0100 and what follows (Radford et al. 2019).
+
+UNPRINTABLE = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
+TO_CHAR = [chr(0x100 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256)]
+TO_BYTE = {char: b for b, char in enumerate(TO_CHAR)}
+
+
+def merges(vocab: dict[str, int]) -> list[str]:
+    """The pair that makes each token of {token: id}, as "left right": the two parts left when its characters are merged
+    in the order of ids, as tiktoken does. Raises UserError where there is none."""
+    pairs = []
+    for token, i in sorted(vocab.items(), key=lambda item: item[1]):
+        parts = list(token)
+        while len(parts) > 2:
+            ids = [vocab.get(left + right, i) for left, right in pairwise(parts)]
+            n = ids.index(min(ids))
+            if ids[n] >= i:
+                raise UserError(f"no tokenizer.json can hold this tokenizer: {token} is not a pair of earlier tokens")
+            parts[n : n + 2] = [parts[n] + parts[n + 1]]
+        if len(parts) == 2:
+            pairs.append(" ".join(parts))
+    return pairs
+
+
+def to_fast(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """A tokenizer as the contents of tokenizer.json. Raises UserError for a kind that has no such form."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    vocab, special, pairs, splits, decoder = TO_BYTE, {}, [], byte_level, byte_level
+    if isinstance(tokenizer, CharTokenizer):
+        vocab, splits, decoder = {char: i for i, char in enumerate(tokenizer.chars)}, None, {"type": "Fuse"}
+    elif isinstance(tokenizer, BPETokenizer):
+        ranks, special = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
+        vocab = {"".join(TO_CHAR[b] for b in token): rank for token, rank in ranks.items()}
+        pairs = merges(vocab)
+        # In tiktoken x{1,3}+ is possessive; in tokenizers it would repeat x{1,3}.
+        pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        splits = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    elif type(tokenizer) is not ByteTokenizer:
+        raise UserError(f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": i, "content": token, **flags} for i, token in sorted((i, token) for token, i in special.items())]
+    model = {"type": "BPE", "vocab": vocab, "merges": pairs}
+    model |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    fast = {"version": "1.0", "added_tokens": added, "pre_tokenizer": splits, "decoder": decoder, "model": model}
+    return fast | dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+
+
+def from_fast(fast: dict[str, Any]) -> ByteTokenizer:
+    """The tokenizer in a tokenizer.json's contents. Raises an Exception unless they are like to_fast's or GPT-2's."""
+    model, splits = fast["model"], fast["pre_tokenizer"]
+    special = {token["content"]: token["id"] for token in fast["added_tokens"]}
+    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
+    if model["type"] != "BPE" or fast["normalizer"] or model.get("byte_fallback"):
+        raise ValueError("not a BPE")
+    if splits is None and fast["decoder"] == {"type": "Fuse"} and not special:
+        return load_tokenizer({"tokenizer": "char", "chars": "".join(sorted(vocab, key=vocab.get))})
+    *splits, last = splits.get("pretokenizers", [splits])
+    if vocab == TO_BYTE and last["type"] == "ByteLevel" and not (last["add_prefix_space"] or splits or special):
+        return ByteTokenizer()
+    if last.get("use_regex", True):
+        splits.append({"pattern": {"Regex": GPT2_PATTERN}, "behavior": "Isolated", "invert": False})
+    [split] = splits
+    as_bytes = last["type"] == "ByteLevel" and not last["add_prefix_space"] and TO_BYTE.keys() <= vocab.keys()
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    ids = {*vocab.values(), *special.values()}
+    if not as_bytes or pairs != merges(vocab) or len(ids) < len(vocab) + len(special):
+        raise ValueError("not a BPE over bytes")
+    if split["behavior"] != "Isolated" or split["invert"]:
+        raise ValueError("not split as tiktoken does")
+    ranks = {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+    pattern = split["pattern"]["Regex"]
+    return BPETokenizer(tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))

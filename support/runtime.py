@@ -1,0 +1,212 @@
+"""Where a script runs: its device and number type, the ranks of the job, and the signals that stop it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model import MiniGPT
+from support.settings import UserError
+
+# dense bfloat16 TFLOP/s by the makers' data sheets, by the first words that are in the device's name
+PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch.device called name; "auto" is a GPU if there is one: cuda, else mps, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or not there
+        raise UserError(f"--device={name} can't be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def best_dtype(device: torch.device) -> str:
+    """bfloat16 where the device has matrix instructions for it, else float16 on CUDA and float32 elsewhere."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16", False) else "float32"
+
+
+def choose_kernels(device: torch.device, dtype: str, block_size: int, deterministic: bool) -> None:
+    """Let torch use the fastest kernels there are, or those that always give the same bits."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch._inductor.config.deterministic = True
+    elif device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    # On CPUs fused attention is 10 to 20 % slower in bfloat16 for up to 128 tokens.
+    slow = device.type == "cpu" and dtype == "bfloat16" and block_size <= 128
+    torch.backends.cuda.enable_flash_sdp(not slow)  # says cuda, but is for all devices
+
+
+def flops_per_token(model: MiniGPT) -> int:
+    """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
+    forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
+    config = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")  # that is looked up
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+@contextmanager
+def advice() -> Iterator[None]:
+    """Add a note to those of torch's errors that a user can put right."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, note in (
+            ("out of memory", "a smaller --batch_size with more --gradient_accumulation_steps needs less memory"),
+            ("can't allocate memory", "a smaller model or --batch_size needs less memory"),
+            ("deterministic implementation", "--deterministic=False does without"),
+            ("imed out", "another rank has stopped or is slower than --timeout"),
+            ("by peer", "another rank has stopped"),
+        ):
+            if sign in str(error):
+                error.add_note(f"advice: {note}")
+        raise
+
+
+class Ranks:
+    """The processes of a job: this one alone, or `size` that torchrun started, of which it is number `rank`."""
+
+    def __init__(self, device: str = "auto", backend: str = "auto", timeout: float = 600):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.signals = pick_device(device), []
+        if self.size > 1:
+            if backend == "auto":
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
+            join(backend, self.device, timedelta(seconds=timeout))
+            self.cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def say(self, line: str) -> None:
+        """Print line, on one rank."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def share(self, batch_size: int, gradient_accumulation_steps: int) -> tuple[int, int]:
+        """(sequences per micro-batch, micro-batches per step) of each rank: equal ones, the largest that fit.
+
+        A step has batch_size x gradient_accumulation_steps sequences, a micro-batch at most batch_size of them.
+        Raises UserError for a step that can't be shared evenly.
+        """
+        sequences, rest = divmod(batch_size * gradient_accumulation_steps, self.size)
+        if rest:
+            raise UserError(
+                f"{batch_size * gradient_accumulation_steps} sequences per step (batch_size x "
+                f"gradient_accumulation_steps) can't be shared evenly by {self.size} ranks: make it a multiple"
+            )
+        rows = next(n for n in range(min(batch_size, sequences), 0, -1) if sequences % n == 0)
+        return rows, sequences // rows
+
+    def from_first(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """make(*arguments), called on rank 0 alone and handed to every rank."""
+        values = [make(*arguments) if self.rank == 0 else None]
+        if self.size > 1:
+            dist.broadcast_object_list(values, group=self.cpu_group)
+        return values[0]
+
+    def mfu(self, model: MiniGPT, tokens_per_sec: float) -> float | None:
+        """The share of the devices' peak that training uses; None where the peak is not known."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        words = f" {name.replace('-', ' ')} "
+        peak = next((tflops for key, tflops in PEAK.items() if f" {key} " in words), None)
+        return tokens_per_sec * flops_per_token(model) / (1e12 * peak * self.size) if peak else None
+
+    def maximum(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.cpu_group)
+        return tensor.tolist()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """tensor, summed in place over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def signal(self) -> int:
+        """The number of the first signal that was caught, 0 for none."""
+        return self.signals[0][0] if self.signals else 0
+
+    def catch_signals(self) -> None:
+        """From now on note SIGINT and SIGTERM, so that the step can be finished; a second ends at once."""
+
+        def note(number, frame):
+            self.signals.append((number, time.monotonic()))
+            if self.size == 1:
+                signal.signal(number, signal.SIG_DFL)
+            elif self.signals[-1][1] - self.signals[0][1] > 1:  # there torchrun echoes the first one
+                end_by_signal(number)
+
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+
+    def leave(self, by_signal: int = 0) -> None:
+        """Wait for the others: torchrun ends them when one has ended, and rank 0 may be saving. Then leave the job."""
+        if self.size > 1:
+            dist.barrier(group=self.cpu_group)
+            dist.destroy_process_group()
+        if by_signal:
+            end_by_signal(by_signal)
+
+
+def end_by_signal(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+def join(backend: str, device: torch.device, timeout: timedelta) -> None:
+    """dist.init_process_group, also where torchrun starts the job again after a failure.
+
+    The store in which ranks find each other outlives the failure, with the addresses of dead processes (PyTorch issue
+    135712). So the ranks first agree on a name for this attempt: all their random words, once each has seen the same.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set(f"word/{rank}", os.urandom(8).hex())
+    deadline, attempt = time.monotonic() + timeout.total_seconds(), None
+    while attempt is None or any(store.get(f"seen/{r}") != attempt for r in range(size)):
+        if time.monotonic() > deadline:
+            raise UserError("timed out waiting for the other ranks to start")
+        time.sleep(0.02 if attempt else 0)
+        attempt = b"".join(store.get(f"word/{r}") for r in range(size))
+        store.set(f"seen/{rank}", attempt.decode())
+    store = dist.PrefixStore(attempt.decode(), store)
+    device_id = device if device.type == "cuda" and backend == "nccl" else None  # so that NCCL starts at once
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+
+
+def compile_now(network: Callable, model: MiniGPT, batch: tuple, autocast: torch.autocast, ranks: Ranks) -> None:
+    """Compile network, model compiled and maybe in DDP, by a step on batch. If that fails, it runs uncompiled.
+
+    A mistake in the model itself is raised as it is without torch.compile.
+    """
+    ranks.say("compiling: some 20 seconds, which --compile=False saves")
+    failure = None
+    with network.no_sync() if ranks.size > 1 else nullcontext():
+        try:
+            with autocast:
+                loss = network(*batch)[1]
+            loss.backward()
+        except Exception as error:  # as many kinds as there are compilers
+            model(*batch)[1].backward()
+            failure = error
+    model.zero_grad()
+    if any(ranks.maximum(failure is not None)):
+        torch.compiler.set_stance("force_eager")
+        ranks.say(f"not compiling: {type(failure).__name__} in torch.compile; --compile=False skips the attempt")

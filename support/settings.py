@@ -1,0 +1,132 @@
+"""Settings: one dataclass per script, filled from config files and the command line."""
+
+import ast
+import difflib
+import math
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field, fields
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, TypeVar, get_args
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right; the message says how."""
+
+
+def setting(
+    default: Any, help: str, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] | None = None
+) -> Any:
+    """A dataclass field with its meaning and its allowed values: low to high, or one of choices."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | None = None) -> T:
+    """Return cls, a dataclass of `setting` fields, with values from argv.
+
+    `--key=value` and `--key value` set a field. Any other argument sets the field `positional` or, without one, is a
+    config file: Python whose variables are the settings. Flags beat config files; among files, and among flags, the
+    last one wins. A file finds every setting defined, flags and earlier files included, so it can choose by `device`.
+    Raises UserError; `--help` prints doc and all settings.
+    """
+    known = {f.name: f for f in fields(cls)}
+    flags, configs = {}, []
+    arguments = list(reversed(argv))
+    while arguments:
+        argument = arguments.pop()
+        if argument in ("-h", "--help"):
+            print(doc.strip() + "\n\nSettings:" + "".join(map(_describe, known.values())))
+            sys.exit(0)
+        if not argument.startswith("-"):
+            if not positional:
+                configs.append(argument)
+            elif positional in flags:
+                raise UserError(f"unexpected argument {argument}: settings are written --key=value, see --help")
+            else:
+                flags[positional] = argument
+            continue
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise UserError(f"unknown argument {argument}: settings are written --key=value, see --help")
+        if key not in known:
+            raise UserError(f"unknown setting --{key}{_suggest(key, known)}")
+        if not equals:
+            if not arguments or arguments[-1].startswith("--"):
+                value = "True" if known[key].type is bool else "VALUE"
+                raise UserError(f"--{key} needs a value: --{key}={value} ({known[key].metadata['help']})")
+            text = arguments.pop()
+        flags[key] = _check(known[key], _parse(known[key], text), f"--{key}={text}")
+    values = {name: f.default for name, f in known.items()}
+    for path in configs:
+        values = _run_config(path, known, values | flags)
+    return cls(**(values | flags))
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Report a UserError, or another of kinds, in one line on stderr and end with exit status 2."""
+    try:
+        yield
+    except (UserError, *kinds) as error:
+        rank = os.environ.get("RANK", "0")
+        print("error: " + (f"rank {rank}: " if rank != "0" else "") + str(error), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run_config(path, known, values):
+    found = next((p for p in (Path(path), Path(__file__).parents[1] / path) if p.is_file()), None)
+    if found is None:
+        raise UserError(f"no config file {path}: settings are written --key=value, config files are in config/")
+    scope = runpy.run_path(str(found), init_globals=values)
+    for key, value in scope.items():
+        if not (key in known or key.startswith("_") or isinstance(value, ModuleType | FunctionType | type)):
+            raise UserError(f"unknown setting {key} in {path}{_suggest(key, known)} (a name of your own begins with _)")
+    return {key: _check(f, scope[key], f"{key} = {scope[key]!r} in {path}") for key, f in known.items()}
+
+
+def _parse(f, text):
+    if str in (f.type, *get_args(f.type)):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text  # of the wrong type, so that _check says what was expected
+
+
+def _check(f, value, where):
+    low, high, choices, help = (f.metadata[key] for key in ("low", "high", "choices", "help"))
+    kind, *optional = get_args(f.type) or [f.type]  # int | None is (int, NoneType)
+    if kind is float and type(value) is int:
+        value = float(value)
+    good = type(value) is kind and (choices is None or value in choices)
+    if kind in (int, float):
+        good = good and low <= value <= high and math.isfinite(value)
+    if good or (optional and value is None):
+        return value
+    expected = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
+    if choices:
+        expected = "one of " + ", ".join(choices)
+    elif low > -math.inf:
+        expected += f" from {low} to {high}" if high < math.inf else f" of at least {low}"
+    raise UserError(f"{where}: expected {expected}{' or None' if optional else ''} ({help})")
+
+
+def _suggest(key, known):
+    """A setting whose name is close, or else abbreviated by key, or else one whose help mentions it."""
+    key = key.replace("-", "_").lower()
+    near = difflib.get_close_matches(key, known, n=1)
+    near += [n for n in known if n.startswith(key) or key == "".join(word[0] for word in n.split("_"))]
+    near += [n for n, f in known.items() if key in f.metadata["help"].replace(":", "").split()]
+    return f"; did you mean --{near[0]}?" if near else "; --help lists them all"
+
+
+def _describe(f):
+    return f"\n  --{f.name}={f.default}\n        {f.metadata['help']}"

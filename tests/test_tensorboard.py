@@ -1,0 +1,102 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from extras import tensorboard
+
+ROOT = Path(__file__).parents[1]
+
+
+def record(step, loss, **more):
+    return {"step": step, "loss": loss, "seconds": step * 2.0} | more
+
+
+def write_metrics(*records, end=""):
+    Path("out").mkdir(exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    Path("out/metrics.jsonl").write_text(text + end, encoding="utf-8", newline="\n")
+
+
+def read_back(*names):
+    """What TensorBoard itself reads, of each name: [(step, value), ...]."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator("out/tensorboard")
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(names)
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_tensorboard_reads_what_a_run_logged():
+    write_metrics(record(1, 3.0), record(2, None, lr=0.5), record(2, 2.5, val_loss=2.25), end='{"step": 3')
+    tensorboard.main(tensorboard.Settings(follow=False))
+    assert read_back("loss", "lr", "val_loss") == {
+        "loss": [(1, 3.0), (2, 2.5)],
+        "lr": [(2, 0.5)],
+        "val_loss": [(2, 2.25)],
+    }
+
+
+def test_each_step_stands_once_when_it_is_written_again_or_the_run_was_resumed():
+    write_metrics(*(record(i, float(i)) for i in range(1, 10)))
+    tensorboard.main(tensorboard.Settings(follow=False))
+    tensorboard.main(tensorboard.Settings(follow=False))
+    assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 10)]
+    write_metrics(*(record(i, float(i)) for i in range(1, 7)), record(7, 0.5))
+    tensorboard.main(tensorboard.Settings(follow=False))
+    assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 7)] + [(7, 0.5)]
+
+
+def test_a_run_is_followed_also_where_a_resumed_one_writes_its_steps_again(monkeypatch):
+    stages = [
+        [record(1, 1.0), record(2, 2.0)],
+        [record(1, 1.0), record(2, 2.0), record(3, 3.0), record(4, 4.0)],
+        [record(1, 1.0), record(2, 2.0)],  # the checkpoint of step 2 is resumed
+        [record(1, 1.0), record(2, 2.0), record(3, 3.5)],
+        [record(1, 1.0), record(2, 2.25), record(3, 3.5), record(4, 4.5)],  # cut and gone on with between two looks
+    ]
+    seen = []
+
+    def wait(seconds):
+        seen.append(read_back("loss")["loss"])
+        if len(seen) == len(stages):
+            raise KeyboardInterrupt
+        write_metrics(*stages[len(seen)])
+
+    write_metrics(*stages[0])
+    monkeypatch.setattr(time, "sleep", wait)
+    with pytest.raises(SystemExit) as end:
+        tensorboard.main(tensorboard.Settings())
+    assert end.value.code == 130
+    assert seen == [[(record["step"], record["loss"]) for record in stage] for stage in stages]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_ctrl_c_ends_it_without_a_word():
+    write_metrics(record(1, 3.0))
+    command = [sys.executable, "-m", "extras.tensorboard", f"--out_dir={Path('out').resolve()}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "tensorboard --logdir" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
+
+
+def test_what_is_missing_is_said_in_a_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        tensorboard.main(tensorboard.Settings(follow=False))
+    assert "metrics.jsonl: train first" in capsys.readouterr().err
+    write_metrics(record(1, 3.0))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit):
+        tensorboard.main(tensorboard.Settings(follow=False))
+    assert capsys.readouterr().err == "error: this needs tensorboard: pip install tensorboard\n"
