@@ -10,9 +10,8 @@ are UTF-8 text, gzipped or not; .jsonl and .json files have JSON objects with a 
 has one, separates documents. Up to 100 text files are split by position: the last tenth of the characters is for
 validation. Otherwise a hash of a document's text says to which split it goes, so adding documents moves none.
 
-Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16, or uint32 for a vocabulary of more than
-65,536, and meta.json with the tokenizer. The previous dataset of that name stays usable until the new one is whole; an
-interrupted preparation starts again.
+Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 if there are more than 65,536), and
+meta.json with the tokenizer. The previous dataset NAME stays until all is written; interrupted, it starts again.
 """
 
 import glob
@@ -29,7 +28,6 @@ import time
 import urllib.request
 import zlib
 from collections import defaultdict, deque, namedtuple
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +140,8 @@ def read_json(path):
                     for row in rows if is_array else [rows]:
                         yield True, text_of(row)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise UserError(f'{path}, line {number}: expected an object with a "text"; {error!r:.200}') from error
+                expected = 'expected JSON objects with a "text" each, one per line or in an array'
+                raise UserError(f"{path}, line {number}: {expected} ({error!r:.200})") from error
 
 
 def read_hub(input):
@@ -161,8 +160,8 @@ def text_of(row):
     return row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_all(sources: list[Source], doing: str) -> Iterator[tuple[bool, str]]:
-    """Yield all text, as each source's read does; every 5 seconds, a line on stderr says how much it was."""
+def read_all(sources, doing):
+    """Yield what the sources' read functions yield; every 5 seconds, a line on stderr says how much it was."""
     size, n_chars, shown = sum(source.size for source in sources), 0, time.monotonic()
     for source in sources:
         for starts, text in source.read(source.name):
@@ -191,7 +190,7 @@ def survey(sources: list[Source], tokenizer: str) -> tuple[int, ByteTokenizer | 
 
 
 class TokenFile:
-    """A split's file in the making: in the threads of pool, encode turns batches of texts into ids."""
+    """A file of the ids that encode, in the threads of pool, makes of batches of texts."""
 
     def __init__(self, path, pool, encode):
         self.file, self.pool, self.encode = path.open("wb"), pool, encode
@@ -233,9 +232,9 @@ def open_tokenizer(name: str) -> ByteTokenizer | None:
 
 
 def prepare(name: str, input: str = "", tokenizer: str = "char", val_share: float = 0.1, workers: int = 0) -> dict:
-    """Write data/name from input, or from the built-in text name, with `workers` threads (0: all cores). Returns meta."""
+    """Write data/name from input or the built-in text name, with `workers` threads (0: all cores). Returns its meta."""
     if not name or Path(name).name != name or not (input or name in BUILT_IN):
-        usage = f"python prepare_data.py NAME --input PATH, or just a NAME that is built in, {' or '.join(BUILT_IN)}"
+        usage = f"python prepare_data.py NAME --input PATH (only {' and '.join(BUILT_IN)} need no --input)"
         raise UserError(f"expected a plain name and a text: {usage}")
     encoder = open_tokenizer(tokenizer)  # first: it may have to be downloaded
     sources = find_sources(name, input)

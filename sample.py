@@ -22,7 +22,7 @@ from support.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from support.fast import CompiledReader, reader
 from support.pretrained import load_pretrained, load_pretrained_tokenizer
 from support.runtime import best_dtype, pick_device
-from support.settings import UserError, one_line_errors, read_settings, setting
+from support.settings import UserError, command_line, one_line_errors, setting
 from support.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -227,6 +227,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        settings = read_settings(Settings, sys.argv[1:], __doc__)
-    main(settings)
+    main(command_line(Settings, __doc__))

@@ -9,7 +9,6 @@ loss) and metrics.jsonl.
 """
 
 import math
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,10 +24,10 @@ from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
 from support.checkpoint import ADVICE, NO_WEIGHTS, Run, load_weights
 from support.dataset import DATA, open_dataset
-from support.muon import MuonAndAdamW
+from support.muon import Muon
 from support.pretrained import check_same_tokens, load_pretrained
 from support.runtime import Ranks, advice, best_dtype, choose_kernels, compile_now
-from support.settings import UserError, one_line_errors, read_settings, setting
+from support.settings import UserError, command_line, one_line_errors, setting
 
 OPTIMIZERS, DTYPES = ("adamw", "muon"), ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "nccl", "gloo")
@@ -109,24 +108,24 @@ def learning_rate(step: int, s: Settings) -> float:
 
 
 def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) in two groups: matrices and embeddings decay, biases and norms do not.
+    """AdamW (Loshchilov & Hutter 2019): matrices and embeddings decay, biases and norms do not.
 
     With optimizer=muon the matrices of the blocks go to Muon (Jordan et al. 2024) instead, whose update is their
     momentum made orthogonal. It is scaled to the size of AdamW's (Liu et al. 2025), so both share one schedule.
     """
-    muon, matrices, vectors = [], [], []
+    matrices, vectors, muon, fused = [], [], [], []
     for name, p in model.named_parameters():
         if p.dim() < 2:
             vectors.append(p)
-        elif s.optimizer == "muon" and name.startswith("h."):
-            muon.append(p)
-        else:
+        elif s.optimizer != "muon" or not name.startswith("h."):
             matrices.append(p)
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    options = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": True}
-    if muon:
-        return MuonAndAdamW(muon, groups, s.weight_decay, **options)
-    return torch.optim.AdamW(groups, **options)
+        else:
+            (fused if "c_attn" in name else muon).append(p)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay, "fused": True}
+    if s.optimizer == "muon":
+        return Muon([*groups, {"params": muon, "splits": 1}, {"params": fused, "splits": 3}], **settings)  # Q, K and V
+    return torch.optim.AdamW(groups, **settings)
 
 
 def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -356,6 +355,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        settings = read_settings(Settings, sys.argv[1:], __doc__)
-    record(main)(settings)  # lets torchrun say which rank failed, and why
+    record(main)(command_line(Settings, __doc__))  # lets torchrun say which rank failed, and why

@@ -16,7 +16,6 @@ python -m extras.plot --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT --fi
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 
@@ -33,13 +31,12 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import train
-from extras.plot import read_series
 from model import GPTConfig, MiniGPT
-from sample import generate, load_model
+from sample import generate
 from support.dataset import open_dataset
 from support.fast import CompiledReader
 from support.runtime import best_dtype, choose_kernels, flops_per_token, pick_device
-from support.settings import UserError, one_line_errors, read_settings, setting
+from support.settings import UserError, read_settings, setting
 
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
     "train:char": (64, 65, 4, 4, 128, 12, 0),

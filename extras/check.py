@@ -11,7 +11,6 @@ head, so its gradient comes from both ends.
 """
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import train
 from model import MiniGPT
 from support.checkpoint import write_json
 from support.dataset import DATA, open_dataset
-from support.settings import one_line_errors, read_settings
+from support.settings import command_line
 
 STATISTICS = ("activation", "gradient", "weight", "update")
 
@@ -106,6 +105,4 @@ def check(s: train.Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        settings = read_settings(train.Settings, sys.argv[1:], __doc__)
-        check(settings)
+    check(command_line(train.Settings, __doc__))

@@ -3,14 +3,13 @@
 python -m extras.export --out_dir=out/shakespeare --folder=FOLDER
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from sample import load_model
 from support.checkpoint import find_checkpoint
 from support.pretrained import save_pretrained
-from support.settings import one_line_errors, read_settings, setting
+from support.settings import command_line, one_line_errors, setting
 
 
 @dataclass
@@ -30,6 +29,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        settings = read_settings(Settings, sys.argv[1:], __doc__)
-    main(settings)
+    main(command_line(Settings, __doc__))

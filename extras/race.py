@@ -20,6 +20,7 @@ PRINTED = {"val_loss": r"step (\d+): .*val loss ([\d.]+)", "loss": r"iter (\d+):
 sys.path.insert(0, str(ROOT))
 
 from dataset import open_dataset
+
 from model import GPTConfig, MiniGPT
 from train import evaluate
 

@@ -17,16 +17,9 @@ from support.settings import UserError
 
 ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
 NO_WEIGHTS = ("auto", "resume", "scratch")  # init_from where a run begins with random weights
-FORMATS = {
-    "loss": "loss {:7.4f}",
-    "lr": "lr {:.2e}",
-    "grad_norm": "grad norm {:7.3f}",
-    "tokens_per_sec": "{:>9,.0f} tok/s",
-    "mfu": "MFU {:.1%}",
-    "val_loss": "validation loss {:.4f}",
-    "perplexity": "perplexity {:.2f}",
-    "bits_per_byte": "{:.3f} bits per byte",
-}  # of what log prints
+FORMATS = {"loss": "loss {:7.4f}", "lr": "lr {:.2e}", "grad_norm": "grad norm {:7.3f}"}  # of what log prints
+FORMATS |= {"tokens_per_sec": "{:>9,.0f} tok/s", "mfu": "MFU {:.1%}", "val_loss": "validation loss {:.4f}"}
+FORMATS |= {"perplexity": "perplexity {:.2f}", "bits_per_byte": "{:.3f} bits per byte"}
 NEEDED = {"model", "model_args", "tokenizer", "step"}  # what a checkpoint must have to be sampled from
 
 
@@ -49,7 +42,10 @@ def write_json(path: Path, value: object) -> None:
 
 def lock(path: Path) -> TextIO:
     """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
-    file = path.open("a")
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"can't write to {path.parent}: {error}") from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -88,16 +84,12 @@ def read_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
 
 def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
     """The checkpoint called name, with or without .pt, in out_dir; by default best.pt, else last.pt."""
-    names = [name if name.endswith(".pt") else f"{name}.pt"] if name else ["best.pt", "last.pt"]
+    names = [name.removesuffix(".pt") + ".pt"] if name else ["best.pt", "last.pt"]
     for path in (Path(out_dir, name) for name in names):
         if path.exists():
             return path
-    runs = ", ".join(
-        f"--out_dir={folder.as_posix()}" for folder in sorted({p.parent for p in Path("out").glob("*/*.pt")})
-    )
-    raise UserError(
-        f"no checkpoint {path}: " + (f"there is {runs}" if runs else "train first, or give another --out_dir")
-    )
+    runs = " or ".join(sorted({f"--out_dir={p.parent.as_posix()}" for p in Path("out").glob("*/*.pt")}))
+    raise UserError(f"no checkpoint {path}: {'try ' + runs if runs else 'train first, or give another --out_dir'}")
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -127,21 +119,17 @@ class Run:
         if self.folder.exists():
             self._lock()
         if init_from == "scratch" and self.last.exists() and not restarted:
-            raise UserError(
-                f"{self.last} is a run already: leave out --init_from to resume it, or give another --out_dir"
-            )
+            raise UserError(f"{self.last} is a run already: resume it without --init_from, or give another --out_dir")
         state = None
         if init_from == "resume" or self.last.exists():
             # On a CPU the optimiser would keep the mapping.
             state = read_checkpoint(self.last, self.ranks.device.type != "cpu", verify=self.ranks.rank == 0)
             if "init_from" not in state:
-                raise UserError(
-                    f"{self.last} is of an earlier version, which must resume it; or give another --out_dir"
-                )
+                raise UserError(f"{self.last} is of an earlier version: resume it there, or give another --out_dir")
         else:
             origin = "random weights" if init_from in NO_WEIGHTS else f"the weights of {init_from}"
             self.ranks.say(f"no run in {self.folder} yet: a new model with {origin}")
-        step = state["step"] if state else 0
+        step = state["step"] if state else -1
         if self.ranks.maximum(step, -step) != [step, -step]:
             raise UserError(f"not all ranks found the same {self.last}: out_dir must be where all machines see it")
         return state
@@ -150,11 +138,9 @@ class Run:
         """Raise UserError where state, read from last.pt, is of another text, optimiser or model than these."""
         saved = state["tokenizer"]
         if any(saved.get(key) != text[key] for key in text if key not in ("dataset", "source")):
-            raise UserError(
-                f"{self.last} was trained on {saved['source']}, and data/{text['dataset']}, from {text['source']}, is "
-                f"a different text: use the dataset it was trained on, or another --out_dir; to start over delete "
-                f"{self.folder}"
-            )
+            texts = f"trained on {saved['source']}; data/{text['dataset']}, from {text['source']}, is a different text"
+            advice = f"use the dataset it was trained on or another --out_dir, or delete {self.folder} to start over"
+            raise UserError(f"{self.last} was {texts}: {advice}")
         saved, names = state["config"] | {"init_from": state["init_from"]}, ["optimizer", "block_size"]
         if state["init_from"] in NO_WEIGHTS:  # weights bring the other sizes
             names += ["n_layer", "n_head", "n_embd", "bias"]
@@ -181,10 +167,8 @@ class Run:
                     break
                 kept.append(line)
             write_whole(self.metrics, lambda file: file.write(b"".join(kept)))
-        except OSError as error:
-            raise UserError(f"can't write to {self.folder}: {error}") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.metrics} has a line that is not of this program: move it away") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"can't write to {self.folder}, or its metrics are damaged: {error}") from error
 
     def seconds(self) -> float:
         """How long the run has taken, previous sessions included."""

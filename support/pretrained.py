@@ -10,7 +10,6 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from model import GPTConfig, MiniGPT
 from support.checkpoint import write_json
-from support.settings import UserError
+from support.settings import UserError, optional
 from support.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -48,13 +47,6 @@ class skip_init(TorchFunctionMode):
         if isinstance(tensor, torch.nn.Parameter) and getattr(function, "__module__", "") == "torch.nn.init":
             return tensor
         return function(*args, **(kwargs or {}))
-
-
-def optional(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise UserError(f"this needs a package: pip install {package.split('.')[0]}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
+from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar, get_args
@@ -47,7 +48,7 @@ def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | Non
             if not positional:
                 configs.append(argument)
             elif positional in flags:
-                raise UserError(f"unexpected argument {argument}: settings are written --key=value, see --help")
+                raise UserError(f"unexpected argument {argument}: give it with --{list(known)[1]}, a pattern in quotes")
             else:
                 flags[positional] = argument
             continue
@@ -68,6 +69,12 @@ def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | Non
     return cls(**(values | flags))
 
 
+def command_line(cls: type[T], doc: str, positional: str | None = None) -> T:
+    """read_settings from the command line of this process; a mistake there ends it."""
+    with one_line_errors():
+        return read_settings(cls, sys.argv[1:], doc, positional)
+
+
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Report a UserError, or another of kinds, in one line on stderr and end with exit status 2."""
@@ -79,6 +86,14 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def optional(package: str) -> ModuleType:
+    """The package, imported. Raises UserError where it is not installed."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(f"this needs a package: pip install {package.split('.')[0]}") from error
 
 
 def _run_config(path, known, values):

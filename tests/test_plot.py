@@ -34,6 +34,15 @@ def titles(figure):
     return figure.legends[0].texts
 
 
+def render(figure):
+    """Draw for a screen. Returns the canvas, which knows where all is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """The figures that were drawn; their files stay empty."""
@@ -73,7 +82,7 @@ def test_titles_of_any_length_fit_and_do_not_overlap(drawn, length):
     write_run("a" * length, [3.0, 2.0])
     write_run("b" * length, [3.0, 2.0])
     draw_run("a" * length, "b" * length)
-    drawn[0].canvas.draw()
+    render(drawn[0])
     first, second = (text.get_window_extent() for text in titles(drawn[0]))
     assert not first.overlaps(second)
     assert first.x0 >= 0 and max(first.x1, second.x1) <= drawn[0].bbox.x1
@@ -83,8 +92,7 @@ def test_a_single_log_line_can_be_seen(drawn):
     """In the pixels of each of the six parts."""
     write_run("out", [3.0], val_losses=[])
     draw_run("out")
-    drawn[0].canvas.draw()
-    pixels = np.asarray(drawn[0].canvas.buffer_rgba())[::-1, :, :3]  # row 0 at the bottom
+    pixels = np.asarray(render(drawn[0]).buffer_rgba())[::-1, :, :3]  # row 0 at the bottom
     blue = (pixels == [int(COLORS[0][i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
     for axis in drawn[0].axes:
         x0, y0, x1, y1 = (int(x) for x in axis.bbox.extents)
@@ -104,10 +112,10 @@ def test_a_long_run_is_smoothed_and_says_so(drawn):
 def test_characters_that_the_font_lacks_are_escaped_without_a_warning(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    write_run("run-中-$x$-é", [3.0, 2.0])
+    write_run("run-中-$^$-é", [3.0, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot.main(plot.Settings(out_dir="run-中-$x$-é", file="new/a.png"))
+        plot.main(plot.Settings(out_dir="run-中-$^$-é", file="new/a.png"))
     assert capsys.readouterr().out.strip() == str(Path("new/a.png"))
     assert Path("new/a.png").read_bytes().startswith(PNG)
     assert plot.drawable("中é$\n") == "\\u4e2dé$\\n"
@@ -127,18 +135,19 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         plot.main(plot.Settings(file="out/metrics.jsonl/a.png"))
     assert capsys.readouterr().err.startswith("error: can't write out")
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(UserError, match="pip install matplotlib"):
+            draw_run("out")
     with open("out/metrics.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match='not one of metrics: .*"lo'):
-        draw_run("out")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
+    with pytest.raises(UserError, match=r'not one of metrics: .*"lo'):
         draw_run("out")
 
 
 @pytest.mark.parametrize("line", ["[1]", '{"step": 1}', '{"step": null, "seconds": 1}', '{"step": 1, "seconds": "x"}'])
 def test_a_line_without_metrics_is_shown(line):
-    with pytest.raises(UserError, match="m.jsonl has a line that is not one of metrics: "):
+    with pytest.raises(UserError, match=r"m\.jsonl has a line that is not one of metrics: "):
         plot.parse_metrics(line.encode() + b"\n", Path("m.jsonl"))
 
 

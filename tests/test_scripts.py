@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TEXT, flags
 
-
 EXTRAS = sorted(f"extras.{path.stem}" for path in (ROOT / "extras").glob("[!_]*.py"))
 
 

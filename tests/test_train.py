@@ -247,8 +247,8 @@ def test_an_existing_run_is_never_overwritten(train, capsys):
     Path("other.txt").write_text("something else " * 50)
     prepare_data.prepare("other", "other.txt")
     message = fails(capsys, train, dataset="other")
-    assert "was trained on tiny.txt, and data/other, from other.txt, is a different text" in message
-    assert "to start over delete out" in message
+    assert "was trained on tiny.txt; data/other, from other.txt, is a different text" in message
+    assert "delete out to start over" in message
     assert Path("out/last.pt").read_bytes() == before
 
 
