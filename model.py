@@ -5,6 +5,7 @@ head. The modules are named as in OpenAI's released weights (wte, wpe, h, ln_1, 
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -171,7 +172,7 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None, size: int | None = None):
-        self.config, self.size, self.length = config, size or config.block_size, 0
+        self.size, self.length = size or config.block_size, 0
         shape = (batch_size, config.n_head, self.size, config.n_embd // config.n_head)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -196,9 +197,7 @@ class KVCache:
 
     def expand(self, batch_size: int) -> "KVCache":
         """A cache for batch_size rows that have all read what this one row has."""
-        key = self.keys[0]
-        cache = KVCache(self.config, batch_size, key.device, key.dtype, self.size)
-        for mine, new in zip(self.keys + self.values, cache.keys + cache.values, strict=True):
-            new[:, :, : self.length] = mine[:, :, : self.length]
-        cache.length = self.length
+        cache = copy(self)
+        cache.keys = [key.repeat(batch_size, 1, 1, 1) for key in self.keys]
+        cache.values = [value.repeat(batch_size, 1, 1, 1) for value in self.values]
         return cache

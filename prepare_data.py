@@ -11,7 +11,7 @@ has one, separates documents. Up to 100 text files are split by position: the la
 validation. Otherwise a hash of a document's text says to which split it goes, so adding documents moves none.
 
 Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 if there are more than 65,536), and
-meta.json with the tokenizer. The previous dataset NAME stays until all is written; interrupted, it starts again.
+meta.json with the tokenizer. An interrupted preparation leaves the previous dataset NAME as it was, and starts again.
 """
 
 import glob
@@ -43,7 +43,7 @@ from support.settings import UserError, one_line_errors, read_settings, setting
 from support.tokenizer import LEARNED, ByteTokenizer, load_tokenizer, train_bpe
 
 CHUNK_CHARS = 1 << 20  # read at a time: memory stays a small multiple of it
-AHEAD = 2 * (os.cpu_count() or 1)  # batches of half as much that are being encoded
+AHEAD = 2 * (os.cpu_count() or 1)  # batches of half as much that wait for a thread
 SAMPLE_CHARS = 1 << 25  # what a BPE is learned from, at most
 MOST_FILES = 100  # text files that are split by position
 WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # up to the last letter or digit before white space
@@ -161,7 +161,7 @@ def text_of(row):
 
 
 def read_all(sources, doing):
-    """Yield what the sources' read functions yield; every 5 seconds, a line on stderr says how much it was."""
+    """Yield what the sources' read functions yield, with a line of progress on stderr every 5 seconds."""
     size, n_chars, shown = sum(source.size for source in sources), 0, time.monotonic()
     for source in sources:
         for starts, text in source.read(source.name):
@@ -174,7 +174,7 @@ def read_all(sources, doing):
 
 
 def survey(sources: list[Source], tokenizer: str) -> tuple[int, ByteTokenizer | None]:
-    """Read all text once. Returns its number of characters and the tokenizer, if it is one made of the text."""
+    """Read all text once. Returns its number of characters and, if the tokenizer is made of the text, the tokenizer."""
     n_chars, units, sample, room = 0, set(), [], SAMPLE_CHARS
     stride = 1 + sum(source.size for source in sources) // SAMPLE_CHARS
     for i, (_, text) in enumerate(read_all(sources, "reading")):
@@ -190,7 +190,7 @@ def survey(sources: list[Source], tokenizer: str) -> tuple[int, ByteTokenizer | 
 
 
 class TokenFile:
-    """A file of the ids that encode, in the threads of pool, makes of batches of texts."""
+    """A file of token ids: encode makes them from batches of texts, in the threads of pool."""
 
     def __init__(self, path, pool, encode):
         self.file, self.pool, self.encode = path.open("wb"), pool, encode
@@ -205,7 +205,7 @@ class TokenFile:
         if self.n_chars >= CHUNK_CHARS // 2:
             self.write(AHEAD)
 
-    def write(self, ahead=0):
+    def write(self, ahead=0):  # at most `ahead` batches stay unfinished
         self.futures.append(self.pool.submit(self.encode, self.batch))
         self.batch, self.n_chars = [], 0
         while len(self.futures) > ahead:
@@ -228,7 +228,7 @@ def open_tokenizer(name: str) -> ByteTokenizer | None:
         return load_tokenizer({"tokenizer": name})
     if tokenizer := load_pretrained_tokenizer(name):
         return tokenizer
-    raise UserError(f"{file} is not of a kind that this program knows, or not the model's")
+    raise UserError(f"{file} is not a tokenizer that this program can read, or not the model's")
 
 
 def prepare(name: str, input: str = "", tokenizer: str = "char", val_share: float = 0.1, workers: int = 0) -> dict:

@@ -122,7 +122,8 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
         else:
             (fused if "c_attn" in name else muon).append(p)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay, "fused": True}
+    settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
+    settings["fused"] = matrices[0].device.type != "mps"  # which may skip no step (PyTorch issue 186360)
     if s.optimizer == "muon":
         return Muon([*groups, {"params": muon, "splits": 1}, {"params": fused, "splits": 3}], **settings)  # Q, K and V
     return torch.optim.AdamW(groups, **settings)

@@ -1,4 +1,4 @@
-"""Run the README's commands as they stand there, one after the other, on small models: python .ci/readme.py TEXT
+"""Run the commands of the README and of docs/ as they stand there, in turn, on small models: python .ci/readme.py TEXT
 
 In a copy of the repository whose config/shakespeare.py ends with a few steps of a small model. PATH and FILE stand for
 TEXT. What can't run here is in SKIPPED, with the reason.
@@ -16,12 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SMALL = """
 n_layer, n_head, n_embd, block_size, batch_size = 1, 2, 32, 32, 4
-max_iters = lr_decay_iters = 10
-warmup_iters = 1
+max_iters = 10
 """
 SKIPPED = {
     "pip install": ".ci/run does this",
     "--nproc_per_node=8": "needs eight GPUs",
+    "--nanogpt": "takes minutes, and a clone of nanoGPT",
+    "extras.bench": "takes minutes; tests/test_bench.py runs it",
     "--init_from=gpt2": "needs the hub",
     "finetune_shakespeare": "needs the hub; tests/test_pretrained.py does it with a model of its own",
 }
@@ -46,7 +47,11 @@ def main():
         for command in [
             prepare,
             "python train.py config/shakespeare.py",
-            *commands((ROOT / "README.md").read_text("utf-8")),
+            *(
+                command
+                for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+                for command in commands(page.read_text("utf-8"))
+            ),
         ]:
             if reason := next((reason for part, reason in SKIPPED.items() if part in command), None):
                 print(f"skipped, {reason}: {command}")

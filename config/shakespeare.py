@@ -18,11 +18,9 @@ if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     beta2 = 0.99  # few tokens per step: a longer memory steadies them
     max_iters = 5000
 else:
-    batch_size, block_size = 16, 128
+    batch_size, block_size = 8, 128
     n_layer, n_head, n_embd = 4, 4, 128
     optimizer = "muon"
-    learning_rate = 1e-2
-    min_lr = 1e-4
-    beta2 = 0.99
-    max_iters = 1000
+    learning_rate, min_lr = 1e-2, 0.0
+    max_iters = 1400
     compile = False  # would take longer to compile than it saves

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,11 +12,11 @@ from model import KVCache, MiniGPT
 
 
 class PackedWeight(torch.Tensor):
-    """A Linear layer's weight with a `product` of its own: x, bias -> x W^T + bias."""
+    """A weight (out, in) whose F.linear is its own `product`: (x, bias) -> x W^T + bias."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is F.linear and isinstance(args[1], cls):
+        if function is F.linear:
             return args[1].product(args[0], *args[2:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
@@ -25,14 +24,15 @@ class PackedWeight(torch.Tensor):
 
 def fast_product(weight: torch.Tensor, rows: int) -> Callable[..., torch.Tensor]:
     """A function (x, bias=None) -> F.linear(x, weight, bias), fastest on a CPU for x of `rows` rows."""
+    n_out, n_in = weight.shape
     if rows == 1 and weight.dtype == torch.float32:
         # F.linear reads them with one core only; as a batch of products with a part of the weights each, all do
-        parts = weight.view(math.gcd(weight.size(0), 16), -1, weight.size(1))
+        parts = weight.view(math.gcd(n_out, 16), -1, n_in)
 
         def product(x, bias=None):
-            if x.numel() > weight.size(1):  # a prompt
+            if x.numel() > n_in:  # a prompt
                 return F.linear(x, weight, bias)
-            y = torch.bmm(parts, x.view(1, -1).t().expand(len(parts), -1, -1)).view(*x.shape[:-1], -1)
+            y = torch.bmm(parts, x.view(1, n_in, 1).expand(parts.size(0), n_in, 1)).view(*x.shape[:-1], n_out)
             return y if bias is None else y + bias
 
         return product
@@ -43,28 +43,25 @@ def fast_product(weight: torch.Tensor, rows: int) -> Callable[..., torch.Tensor]
     return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-readers = WeakKeyDictionary()  # model: (what it was packed for, the packed model)
+readers = WeakKeyDictionary()  # model: (what it was packed for, its fast copy)
 
 
 def reader(model: MiniGPT, rows: int) -> MiniGPT:
-    """The model, or on a CPU a copy that shares its weights and reads one more token of `rows` texts faster.
+    """The model, or on a CPU a copy with the same weights that reads one more token of `rows` texts faster.
 
     The copy is kept until the weights change; the model itself stays as it is, and trainable.
     """
     if model.wte.weight.device.type != "cpu" or model.training:
         return model
-    tensors = list(chain(model.parameters(), model.buffers()))
+    tensors = [*model.parameters(), *model.buffers()]
     state = rows, [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
     if readers.get(model, (None,))[0] != state:
-        packed = copy.deepcopy(model, {id(t): t for t in tensors})
-        weights = {module.weight for module in packed.modules() if type(module) is torch.nn.Linear}
-        replaced = {w: w.detach().as_subclass(PackedWeight) for w in weights | {packed.wte.weight}}
-        for w, new in replaced.items():
-            new.product = fast_product(w.detach(), rows)
-        for module in packed.modules():
-            for name, p in module._parameters.items():
-                module._parameters[name] = replaced.get(p, p)
-        readers[model] = state, packed
+        fast = copy.deepcopy(model, {id(t): t for t in tensors})
+        for module in [m for m in fast.modules() if type(m) is torch.nn.Linear or m is fast.wte]:
+            weight = module.weight.detach()
+            module._parameters["weight"] = weight.as_subclass(PackedWeight)
+            module.weight.product = fast_product(weight, rows)
+        readers[model] = state, fast
     return readers[model][1]
 
 

@@ -44,9 +44,8 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, groups: Iterable[dict], **settings):
         groups = [{"splits": 0, "momentum": 0.95} | group for group in groups]
-        super().__init__(
-            groups, **(settings | {"fused": True})
-        )  # so that a GradScaler leaves skipping to the optimiser
+        # fused, so that a GradScaler leaves skipping to the optimiser
+        super().__init__(groups, **({"fused": True} | settings))
         for p, n in ((p, group["splits"]) for group in self.param_groups for p in group["params"] if group["splits"]):
             if p.dim() != 2 or p.size(0) % n:
                 raise ValueError(f"a parameter of {tuple(p.shape)} can't be split into {n} matrices")

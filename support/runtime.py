@@ -106,9 +106,9 @@ class Ranks:
         """
         sequences, rest = divmod(batch_size * gradient_accumulation_steps, self.size)
         if rest:
+            n = f"{batch_size} x {gradient_accumulation_steps} sequences per step"
             raise UserError(
-                f"{batch_size * gradient_accumulation_steps} sequences per step (batch_size x "
-                f"gradient_accumulation_steps) can't be shared evenly by {self.size} ranks: make it a multiple"
+                f"{n} (batch_size x gradient_accumulation_steps) can't be shared evenly by {self.size} ranks"
             )
         rows = next(n for n in range(min(batch_size, sequences), 0, -1) if sequences % n == 0)
         return rows, sequences // rows
@@ -149,13 +149,14 @@ class Ranks:
 
         def note(number, frame):
             self.signals.append((number, time.monotonic()))
-            if self.size == 1:
-                signal.signal(number, signal.SIG_DFL)
-            elif self.signals[-1][1] - self.signals[0][1] > 1:  # there torchrun echoes the first one
-                end_by_signal(number)
+            if self.size > 1 and self.signals[-1][1] - self.signals[0][1] < 1:
+                return  # torchrun's echo of the first one
+            signal.signal(number, signal.SIG_DFL)
+            if self.size > 1:
+                signal.raise_signal(number)
 
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
 
     def leave(self, by_signal: int = 0) -> None:
         """Wait for the others: torchrun ends them when one has ended, and rank 0 may be saving. Then leave the job."""
@@ -163,12 +164,8 @@ class Ranks:
             dist.barrier(group=self.cpu_group)
             dist.destroy_process_group()
         if by_signal:
-            end_by_signal(by_signal)
-
-
-def end_by_signal(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    signal.raise_signal(number)
+            signal.signal(by_signal, signal.SIG_DFL)
+            signal.raise_signal(by_signal)
 
 
 def join(backend: str, device: torch.device, timeout: timedelta) -> None:

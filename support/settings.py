@@ -44,19 +44,15 @@ def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | Non
         if argument in ("-h", "--help"):
             print(doc.strip() + "\n\nSettings:" + "".join(map(_describe, known.values())))
             sys.exit(0)
-        if not argument.startswith("-"):
-            if not positional:
-                configs.append(argument)
-            elif positional in flags:
-                raise UserError(f"unexpected argument {argument}: give it with --{list(known)[1]}, a pattern in quotes")
-            else:
-                flags[positional] = argument
-            continue
         key, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            raise UserError(f"unknown argument {argument}: settings are written --key=value, see --help")
-        if key not in known:
-            raise UserError(f"unknown setting --{key}{_suggest(key, known)}")
+        if not argument.startswith("-"):
+            if positional in flags:
+                raise UserError(f"unexpected argument {argument}: give it with --{list(known)[1]}, a pattern in quotes")
+            configs += [] if positional else [argument]
+            flags |= {positional: argument} if positional else {}
+            continue
+        if not argument.startswith("--") or key not in known:
+            raise UserError(f"unknown setting {argument.partition('=')[0]}{_suggest(key, known)}")
         if not equals:
             if not arguments or arguments[-1].startswith("--"):
                 value = "True" if known[key].type is bool else "VALUE"
@@ -81,8 +77,8 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (UserError, *kinds) as error:
-        rank = os.environ.get("RANK", "0")
-        print("error: " + (f"rank {rank}: " if rank != "0" else "") + str(error), file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+        print(f"error: {rank}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -136,7 +132,7 @@ def _check(f, value, where):
 
 def _suggest(key, known):
     """A setting whose name is close, or else abbreviated by key, or else one whose help mentions it."""
-    key = key.replace("-", "_").lower()
+    key = key.strip("-").replace("-", "_").lower()
     near = difflib.get_close_matches(key, known, n=1)
     near += [n for n in known if n.startswith(key) or key == "".join(word[0] for word in n.split("_"))]
     near += [n for n, f in known.items() if key in f.metadata["help"].replace(":", "").split()]

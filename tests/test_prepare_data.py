@@ -123,7 +123,7 @@ def test_a_models_folder_gives_its_tokenizer_which_the_dataset_then_carries(work
     opened.clear()
     train, val, meta = open_dataset("text")
     assert load_tokenizer(meta).decode(train.tolist() + val.tolist()) == TEXT
-    with pytest.raises(UserError, match=r"model.tokenizer.json is not of a kind that this program knows"):
+    with pytest.raises(UserError, match=r"model.tokenizer.json is not a tokenizer that this program can read"):
         prepare("text", "tiny.txt", "model")
 
 
@@ -486,7 +486,6 @@ def test_the_command_says_what_to_type(run):
     for arguments, message in (
         ((), "python prepare_data.py NAME --input PATH (only shakespeare and python_docs need no --input)"),
         (("mine", "tiny.txt"), "unexpected argument tiny.txt: give it with --input, a pattern in quotes"),
-        (("mine", "--input"), "--input needs a value"),
     ):
         done = run("prepare_data.py", *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

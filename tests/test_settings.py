@@ -71,7 +71,7 @@ def test_a_config_file_is_also_found_beside_the_scripts(tmp_path, monkeypatch):
         ("--size", "--size needs a value: --size=VALUE"),
         ("--fast", "--fast needs a value: --fast=True"),
         ("--fast=true", "expected True or False"),
-        ("-size=3", "unknown argument -size=3"),
+        ("-size=3", "unknown setting -size; did you mean --size"),
         ("nowhere.py", "no config file nowhere.py"),
         ("--size=__import__('os').getcwd()", "expected a whole number"),
     ],
@@ -97,7 +97,9 @@ def test_mistakes_in_a_config_file_name_it(tmp_path, code, message):
         read(str(path))
 
 
-@pytest.mark.parametrize("code, kind", [("rate = 1 / 0", ZeroDivisionError), ("rate =", SyntaxError), ("open('no')", OSError)])
+@pytest.mark.parametrize(
+    "code, kind", [("rate = 1 / 0", ZeroDivisionError), ("rate =", SyntaxError), ("open('no')", OSError)]
+)
 def test_an_exception_of_a_config_file_is_the_users_own(tmp_path, code, kind):
     path = tmp_path / "a.py"
     path.write_text(code, encoding="utf-8")

@@ -105,7 +105,7 @@ def test_ranks_share_a_step_in_equal_micro_batches(batch_size, steps, ranks, exp
     if expected:
         assert job.share(batch_size, steps) == expected
     else:
-        with pytest.raises(UserError, match="12 sequences per step .* can't be shared evenly by 8 ranks"):
+        with pytest.raises(UserError, match=r"12 x 1 sequences per step .* can't be shared evenly by 8 ranks"):
             job.share(batch_size, steps)
 
 

@@ -1,0 +1,294 @@
+"""What a CPU can prove about the GPU paths; docs/gpu.md has a row for each mistake that these tests keep away."""
+
+import functools
+import os
+import re
+import shutil
+import signal
+from datetime import timedelta
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+from torch._inductor import cudagraph_utils
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.graph import GraphLowering
+from torch.nn.parallel import DistributedDataParallel
+
+from model import GPTConfig, MiniGPT
+from sample import stream
+from support import runtime
+from support.checkpoint import Run
+from support.fast import CompiledReader
+from support.muon import Muon
+from support.runtime import Ranks, best_dtype, choose_kernels, compile_now
+from train import Settings, evaluate, make_optimizer, to_device
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def model(**changes):
+    torch.manual_seed(0)
+    return MiniGPT(GPTConfig(**{"block_size": 16, "vocab_size": 65, "n_layer": 3, "n_head": 2, "n_embd": 32} | changes))
+
+
+def job(rank, size, device=CPU):
+    """One of several ranks, whose sums and maxima are those of this one alone."""
+    same = {"sum": lambda tensor: tensor, "maximum": lambda *values: list(map(float, values))}
+    return SimpleNamespace(rank=rank, size=size, device=device, say=lambda line: None, **same)
+
+
+@pytest.mark.parametrize("kind, expected", [("cuda", (True, True)), ("mps", (False, False)), ("cpu", (False, False))])
+def test_only_copies_to_cuda_from_pinned_memory_are_not_waited_for(kind, expected):
+    class Batch:
+        pinned = False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            return self.pinned, non_blocking
+
+    assert to_device((Batch(),), torch.device(kind)) == (expected,)
+
+
+def decode(backend, prompt=5):
+    """Write a few tokens with a step compiled by backend."""
+    gpt = model().eval()
+    idx = torch.randint(65, (2, prompt))
+    return torch.stack(list(stream(gpt, idx, 5, temperature=0, read=CompiledReader(gpt, backend=backend))))
+
+
+def test_inductor_would_make_the_decoding_step_a_cuda_graph():
+    reasons = []
+
+    def inner(graph, inputs, **options):
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        copy = torch.ops.aten.copy_.default
+        mutated = [i for i, p in enumerate(nodes) if any(u.target is copy and u.args[0] is p for u in p.users)]
+        assert len(mutated) == 6  # the keys and values of three layers
+        reason = cudagraph_utils.check_for_mutation_ignore_cuda_graph_managed_tensor(
+            graph, None, mutated, options["static_input_idxs"]
+        )
+        reasons.append(reason)
+
+        def run(args):
+            values = list(args)
+            args.clear()
+            return graph(*values)
+
+        run._boxed_call = True
+        return run
+
+    expected = decode("eager")
+    torch._dynamo.reset()
+    assert torch.equal(decode(functools.partial(compile_fx, inner_compile=inner)), expected)
+    assert reasons == [None]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_the_decoding_step_copies_no_cache(monkeypatch):
+    class Seen(Exception):
+        pass
+
+    code = []
+
+    def keep(self):
+        code.append(generate(self)[0].value)
+        raise Seen
+
+    generate = GraphLowering.codegen
+    monkeypatch.setattr(GraphLowering, "codegen", keep)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="Seen"):
+        decode("inductor")
+    allocated = re.findall(r"= empty_strided\w*\(\((.*?)\)", code[0].split("def call(")[1])
+    assert allocated and "2, 2, 10, 16" not in allocated  # (B, H, size, D)
+
+
+def test_a_prompt_of_one_token_compiles_once():
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    decode(counter, prompt=1)
+    assert counter.frame_count == 1
+
+
+def test_gpus_without_bfloat16_use_float16_and_float32_uses_their_matrix_units(monkeypatch):
+    for has_it, expected in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert best_dtype(CUDA) == expected
+    precisions = []
+    monkeypatch.setattr("torch.set_float32_matmul_precision", precisions.append)
+    monkeypatch.setattr("torch.backends.cuda.enable_flash_sdp", lambda on: None)
+    choose_kernels(CUDA, "float32", 1024, deterministic=False)
+    assert precisions == ["high"]
+    choose_kernels(CPU, "float32", 1024, deterministic=False)
+    assert precisions == ["high"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_skipped_steps_leave_the_scale_at_one(train, monkeypatch, dtype):
+    head = MiniGPT.head
+    monkeypatch.setattr(MiniGPT, "head", lambda self, x: head(self, x) * float("nan" if self.training else 1))
+    train(max_iters=2, dtype=dtype)
+    assert torch.load("out/last.pt")["scaler"]["scale"] == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_changes_no_weight_on_mps_either(monkeypatch, optimizer):
+    """Even where the fused kernel does not look at what the scaler has found."""
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("mps"), raising=False)
+    blind, names = torch._fused_adamw_, {"grad_scale": None, "found_inf": None}
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **options: blind(*args, **(options | names)))
+    gpt, scaler = model(), torch.amp.GradScaler("cpu", 1.0)
+    optimizer = make_optimizer(gpt, Settings(optimizer=optimizer))
+    monkeypatch.undo()
+    before = [p.detach().clone() for p in gpt.parameters()]
+    idx = torch.randint(65, (2, 16))
+    for factor, changed in ((float("nan"), False), (1.0, True)):
+        scaler.scale(gpt(idx, idx)[1] * factor).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        gpt.zero_grad()
+        assert changed == any(not torch.equal(p, old) for p, old in zip(gpt.parameters(), before, strict=True))
+
+
+def test_gradients_are_exchanged_while_the_backward_pass_still_runs():
+    """DDP cuts a model that is compiled inside it into a graph for each bucket of gradients."""
+    graphs = []
+    gpt = model(n_layer=4, n_embd=256)
+    compiled = torch.compile(gpt, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = DistributedDataParallel(compiled, gradient_as_bucket_view=True, bucket_cap_mb=2)
+        batch = torch.randint(65, (2, 16)), torch.randint(65, (2, 16))
+        compile_now(network, gpt, batch, torch.autocast("cpu", enabled=False), job(0, 2))
+        assert len(graphs) > 4 and all(p.grad is None for p in gpt.parameters())
+        network(*batch)[1].backward()
+        n_graphs = len(graphs)
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == n_graphs > 4
+
+
+def test_all_ranks_run_uncompiled_when_one_cannot_compile_and_memory_is_no_matter_of_compiling():
+    gpt, batch, off = model(), (torch.zeros(2, 16, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
+    other, stances = job(0, 1), []
+    other.maximum = lambda *values: [1.0]  # another rank could not
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compiler.set_stance", stances.append)
+        compile_now(gpt, gpt, batch, off, other)
+        assert stances == ["force_eager"]
+
+        def out_of_memory(*batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            compile_now(out_of_memory, out_of_memory, batch, off, job(0, 1))
+    assert len(stances) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc to see the memory of this process")
+def test_a_gpu_rank_resumes_without_a_copy_of_the_checkpoint_and_one_rank_verifies_it(tmp_path, monkeypatch):
+    def used():  # MB that are not a file's
+        return int(re.search(r"RssAnon:\s+(\d+)", open("/proc/self/status").read())[1]) / 1000
+
+    keys = dict.fromkeys(("model_args", "tokenizer", "init_from"), {})
+    torch.save(keys | {"step": 0, "model": {"w": torch.zeros(32_000_000)}}, tmp_path / "last.pt")  # 128 MB
+    before = used()
+    state = Run(tmp_path, job(1, 8, CUDA)).resume("resume")
+    assert used() - before < 32 and state["model"]["w"].sum() == 0
+
+    checked = []
+    monkeypatch.setattr("zipfile.ZipFile.testzip", lambda self: checked.append(self))
+    for rank in range(8):
+        Run(tmp_path, job(rank, 8, CUDA), read_only=True).resume("resume")
+    assert len(checked) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_evaluation_calls_the_model_as_often_on_each_rank_and_counts_every_batch_once(size):
+    gpt, tokens = model(), np.random.default_rng(0).integers(65, size=16 * 9 + 1).astype(np.uint16)
+    calls, losses = [], []
+    gpt.register_forward_pre_hook(lambda module, args: calls.append(rank))
+    for rank in range(size):
+        losses.append(evaluate(gpt, tokens, 2, ranks=job(rank, size)))
+    assert len({calls.count(rank) for rank in range(size)}) == 1
+    assert sum(losses) == pytest.approx(evaluate(gpt, tokens, 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}])
+def test_decoding_waits_for_a_gpu_once_in_16_tokens(options):
+    """On the meta device, which has no values, looking at one raises."""
+    gpt = model(block_size=64).to("meta").eval()
+    tokens = stream(gpt, torch.zeros(1, 5, dtype=torch.long, device="meta"), 40, eos_token=0, **options)
+    assert len(list(islice(tokens, 16))) == 16
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        next(tokens)
+
+
+def test_muon_leaves_skipped_steps_to_the_device():
+    optimizer = make_optimizer(model(), Settings(optimizer="muon"))
+    assert isinstance(optimizer, Muon) and optimizer._step_supports_amp_scaling  # else a scaler waits for .item()
+
+
+def test_deterministic_also_binds_inductor(monkeypatch):
+    import torch._inductor.config as config
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
+    monkeypatch.setattr("torch.backends.cuda.enable_flash_sdp", lambda on: None)
+    before = config.deterministic
+    try:
+        config.deterministic = False
+        choose_kernels(CPU, "float32", 1024, deterministic=True)
+        assert config.deterministic
+    finally:
+        config.deterministic = before
+
+
+@pytest.mark.parametrize("device, backend, bound", [(CUDA, "nccl", True), (CUDA, "gloo", False), (CPU, "gloo", False)])
+def test_nccl_is_told_its_device(monkeypatch, device, backend, bound):
+    seen = {}
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **options: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: seen.update(options))
+    runtime.join(backend, device, timedelta(seconds=5))
+    assert seen["device_id"] == (device if bound else None)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125),
+     ("NVIDIA A10G", None), ("NVIDIA L4", 121), ("NVIDIA L40", None), ("NVIDIA L40S", 362), ("Tesla T4", None)],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_whole_name(monkeypatch, name, peak):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    ranks, gpt = Ranks("cpu"), model()
+    ranks.device = CUDA
+    mfu = ranks.mfu(gpt, 1e6)
+    assert mfu == (pytest.approx(1e6 * runtime.flops_per_token(gpt) / (peak * 1e12)) if peak else None)
+
+
+def test_the_second_signal_ends_a_rank_at_once_but_not_torchruns_echo_of_the_first(monkeypatch):
+    handlers, ended = {}, []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update({number: handler}))
+    monkeypatch.setattr(runtime, "end_by_signal", ended.append)
+    clock = iter([0.0, 0.5, 3.0])
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
+    ranks = Ranks("cpu")
+    ranks.size = 2
+    ranks.catch_signals()
+    for expected in ([], [], [signal.SIGTERM]):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert ended == expected
+
+
+def test_the_slurm_example_gives_each_job_its_cores_and_time_to_save():
+    text = (ROOT / "docs/machines.md").read_text("utf-8")
+    assert "--cpus-per-task=" in text and "--shutdown-timeout=" in text
