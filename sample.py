@@ -21,7 +21,7 @@ import torch
 from model import GPTConfig, KVCache, MiniGPT
 from support.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from support.fast import CompiledReader, reader
-from support.pretrained import load_pretrained, load_pretrained_tokenizer
+from support.pretrained import load_pretrained, load_pretrained_tokenizer, skip_init
 from support.runtime import best_dtype, pick_device
 from support.settings import UserError, command_line, one_line_errors, setting
 from support.tokenizer import ByteTokenizer, load_tokenizer
@@ -160,7 +160,8 @@ def generate(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, *options: A
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniGPT, ByteTokenizer, dict]:
     """(model in eval mode, tokenizer, checkpoint) of the checkpoint at path. Raises UserError for a damaged one."""
     state = read_checkpoint(path)
-    model = MiniGPT(GPTConfig(**state["model_args"]))
+    with skip_init():
+        model = MiniGPT(GPTConfig(**state["model_args"]))
     load_weights(model, state["model"], path)
     return model.to(device).eval(), load_tokenizer(state["tokenizer"]), state
 
@@ -185,26 +186,27 @@ def read_prompt(s: Settings, tokenizer: ByteTokenizer) -> str:
     return prompt
 
 
-@one_line_errors()
-def main(s: Settings) -> None:
-    device = pick_device(s.device)
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = best_dtype(device) if device.type == "cuda" else "float32"
+def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, ByteTokenizer, str]:
+    """(model, tokenizer, what they are) as the settings ask for: a run's, or pretrained, on device."""
     if s.init_from:
         model, tokenizer, source = load_pretrained(s.init_from), load_pretrained_tokenizer(s.init_from), s.init_from
         if tokenizer is None:
-            raise UserError(
-                f"{s.init_from} has no tokenizer.json of a kind that this program knows: it can't read text"
-            )
+            raise UserError(f"{source} has no tokenizer.json of a kind that this program knows: it can't read text")
     else:
         path = find_checkpoint(s.out_dir, s.checkpoint)
         model, tokenizer, state = load_model(path, device)
         source = f"{path}: step {state['step']}, trained on {state['tokenizer']['source']}"
-    model = model.to(device, getattr(torch, dtype))
+    dtype = s.dtype.replace("auto", best_dtype(device) if device.type == "cuda" else "float32")
+    return model.to(device, getattr(torch, dtype)), tokenizer, f"{source}; {device.type}, {dtype}"
+
+
+@one_line_errors()
+def main(s: Settings) -> None:
+    device = pick_device(s.device)
+    model, tokenizer, source = open_model(s, device)
     prompt = read_prompt(s, tokenizer)
     idx = torch.tensor([tokenizer.encode(prompt)], device=device).expand(s.num_samples, -1)
-    print(f"{source}; {device.type}, {dtype}", file=sys.stderr)
+    print(source, file=sys.stderr)
 
     eos_token = tokenizer.eos_token if s.stop_at_eos else None
     generator = torch.Generator(device).manual_seed(s.seed)

@@ -29,6 +29,7 @@ from support.pretrained import check_same_tokens, load_pretrained
 from support.runtime import Ranks, advice, best_dtype, choose_kernels, compile_now
 from support.settings import UserError, command_line, one_line_errors, setting
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
 OPTIMIZERS, DTYPES = ("adamw", "muon"), ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "nccl", "gloo")
 
@@ -129,7 +130,7 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **settings)
 
 
-def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> Batch:
     """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
 
     Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
@@ -141,26 +142,21 @@ def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> t
     return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
 
 
-def training_batch(
-    tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def training_batch(tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int) -> Batch:
     """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
     place in the batch: not on the number of ranks, nor on where the run was interrupted."""
     starts = np.random.default_rng((seed, step)).integers(len(tokens) - config.block_size, size=first + n)[first:]
     return load_windows(tokens, starts, config)
 
 
-def to_device(batch: tuple[torch.Tensor, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The tensors of batch on device. To CUDA, from pinned memory, the copy needs no wait."""
-    if device.type == "cuda":
-        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
-    return tuple(tensor.to(device) for tensor in batch)
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on device. To CUDA, from pinned memory, the copy needs no wait."""
+    cuda = device.type == "cuda"
+    return tuple((t.pin_memory() if cuda else t).to(device, non_blocking=cuda) for t in batch)
 
 
 @torch.inference_mode()
-def evaluate(
-    model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters: int = 0, ranks: Ranks | None = None
-) -> float:
+def evaluate(model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters=0, ranks: Ranks | None = None) -> float:
     """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
 
     All of the split for eval_iters = 0, otherwise eval_iters batches; every rank reads its share.
@@ -183,14 +179,12 @@ def evaluate(
 
 
 def find_dataset(name: str) -> str:
-    """Prepare the dataset if it is missing and built in. Returns the name of the one to train on."""
+    """The dataset to train on: name, prepared if it is built in and missing, or python_docs if that fails offline."""
     if (DATA / name / "train.bin").exists():
         return name
     if name not in BUILT_IN:
-        raise UserError(
-            f"no data/{name}: make it with python prepare_data.py {name} --input PATH --tokenizer=gpt2; to begin, "
-            "run python train.py config/shakespeare.py, which needs no preparation"
-        )
+        command = f"python prepare_data.py {name} --input PATH"
+        raise UserError(f"no data/{name} here: {command} makes it; config/shakespeare.py needs no preparation")
     try:
         prepare(name)
         return name

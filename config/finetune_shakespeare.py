@@ -1,9 +1,6 @@
-# GPT-2's weights, fine-tuned on tiny Shakespeare. python train.py config/finetune_shakespeare.py
-#
-# The text first, in GPT-2's tokens (INPUT: a copy of tiny Shakespeare, or any text of yours):
-# python prepare_data.py shakespeare_gpt2 --input INPUT --tokenizer=gpt2
-#
-# For another model that fits: --init_from=gpt2-medium, gpt2-large, gpt2-xl, or a folder that has one.
+# GPT-2's weights, fine-tuned on tiny Shakespeare: python train.py config/finetune_shakespeare.py
+# The text first, in GPT-2's tokens: python prepare_data.py shakespeare_gpt2 --input FILE --tokenizer=gpt2
+# Or with --init_from=gpt2-medium, gpt2-large, gpt2-xl, or a folder that has a model.
 out_dir = "out/finetune_shakespeare"
 init_from = "gpt2"  # needs the packages huggingface_hub and safetensors, and the network the first time
 dataset = "shakespeare_gpt2"

@@ -1,8 +1,5 @@
-# GPT-2 (124M) on half a million tokens per step, as in the defaults; here are the ones to change for other machines.
-# torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
-#
-# The text first: a folder of text files like OpenWebText (9 billion tokens).
-# python prepare_data.py openwebtext --input FOLDER --tokenizer=gpt2
+# GPT-2 (124M), as in the defaults: torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
+# The text first, a folder of files like OpenWebText: python prepare_data.py openwebtext --input FOLDER --tokenizer=gpt2
 out_dir = "out/gpt2"
 dataset = "openwebtext"
 

@@ -1,123 +1,99 @@
 """Measure how fast this machine trains and decodes, beside its limits and other programs. Run it in the repository.
 
-python -m extras.bench                                           MiniGPT alone
-python -m extras.bench --peer=transformers --nanogpt=PATH        the same work by others too; PATH is a clone of nanoGPT
-python -m extras.bench --work=train:char,decode:gpt2 --rounds=5  some of it, more often
-python -m extras.bench --nanogpt=PATH --race=matched             nanoGPT's CPU recipe by both: who is faster?
-python -m extras.bench --nanogpt=PATH --race=recipe              config/shakespeare.py against that: who learns more?
+python -m extras.bench --peer=transformers --nanogpt=PATH  a table of speeds; without these two, of MiniGPT alone
+python -m extras.bench --nanogpt=PATH --race=matched       both programs train by nanoGPT's recipe for a CPU
+python -m extras.bench --nanogpt=PATH --race=recipe        nanoGPT by that one, MiniGPT by config/shakespeare.py
 
-Programs take turns, A B A B, each in a process of its own. All train with AdamW, but for a race of recipes. nanoGPT
-runs as it says: in float32 and uncompiled on a CPU, in bfloat16 and compiled on a GPU.
-
-A race times both programs' whole commands on tiny Shakespeare, which must be prepared for both, and evaluates the best
-checkpoints of both with the same function. The last round's curves stay in out/race:
-python -m extras.plot --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT --file=docs/race.png
+PATH is a clone of nanoGPT, which runs as it says: uncompiled in float32 on a CPU, compiled in bfloat16 on a GPU.
+Programs take turns, A B A B, each in a process of its own, so that none finds memory, threads or compiled code of
+another. In the table all train with AdamW. A race needs tiny Shakespeare prepared in both folders and keeps its curves:
+python -m extras.plot --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT
 """
 
-import importlib.util
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import cpu_count, get_context
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.benchmark import Timer
 
 import train
+from extras.plot import read_series
 from model import GPTConfig, MiniGPT
-from sample import generate
+from sample import generate, load_model
 from support.dataset import open_dataset
 from support.fast import CompiledReader
 from support.runtime import best_dtype, choose_kernels, flops_per_token, pick_device
-from support.settings import UserError, read_settings, setting
+from support.settings import UserError, command_line, one_line_errors, optional, read_settings, setting
 
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
     "train:char": (64, 65, 4, 4, 128, 12, 0),
     "train:baby": (256, 65, 6, 6, 384, 16, 0),
-    "train:gpt2": (1024, 50257, 12, 12, 768, 1, 0),
-    "train4:gpt2": (1024, 50257, 12, 12, 768, 4, 0),
+    "train:gpt2": (1024, 50304, 12, 12, 768, 1, 0),  # GPT-2's vocabulary, padded as all but transformers do
+    "train4:gpt2": (1024, 50304, 12, 12, 768, 4, 0),
     "decode:baby": (256, 65, 6, 6, 384, 1, 500),
-    "decode:gpt2": (1024, 50257, 12, 12, 768, 1, 96),
-    "decode16:gpt2": (1024, 50257, 12, 12, 768, 16, 96),
+    "decode:gpt2": (1024, 50304, 12, 12, 768, 1, 96),
+    "decode16:gpt2": (1024, 50304, 12, 12, 768, 16, 96),
 }
-RECIPE = (  # nanoGPT's for a CPU: the flags of its README and what config/train_shakespeare_char.py sets
+RECIPE = (  # nanoGPT's for a CPU: the flags of its README, and what its config/train_shakespeare_char.py sets
     "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --dropout=0.0 "
     "--max_iters=2000 --lr_decay_iters=2000 --warmup_iters=100 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 "
     "--eval_interval=250 --log_interval=10 --device=cpu --dtype=float32 --compile=False"
-).split()
-PRINTED = {"val_loss": r"step (\d+): .*val loss ([\d.]+)", "loss": r"iter (\d+): loss ([\d.]+)"}  # by nanoGPT
-HIDING = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # instructions that the CPU has
+)
 
 
 @dataclass
 class Settings:
     work: str = setting(",".join(WORK), "what to measure")
-    race: str = setting("", "train with nanoGPT's recipe, or each with its own", choices=("", "matched", "recipe"))
-    flags: str = setting("", "more settings of MiniGPT's train.py in a race, such as --dtype=bfloat16")
     peer: str = setting("", "another program: transformers, which decodes", choices=("", "transformers"))
     nanogpt: str = setting("", "folder of a clone of nanoGPT, which trains and decodes")
     rounds: int = setting(3, "measurements of each, of which the median counts", 1)
-    steps: int = setting(0, "training steps or texts per measurement, 0 for as many as take some seconds", 0)
-    device: str = setting("auto", "cpu, cuda, ...; auto is the best available; races are on the CPU")
+    steps: int = setting(0, "training steps or texts per measurement, 0 for some seconds", 0)
+    device: str = setting("auto", "cpu, cuda, ...; auto is the best available; races are on a CPU")
     dtype: str = setting("auto", "of MiniGPT's matrix products in training", choices=("auto", "float32", "bfloat16"))
     decode_dtype: str = setting("float32", "of all weights in decoding", choices=("float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile MiniGPT in training")
     activation_checkpointing: bool = setting(False, "train MiniGPT with less memory, as train.py's setting does")
-    one: str = setting("", "WORK/PROGRAM: measure it once and print JSON (what the processes run)")
+    race: str = setting("", "instead of the table, train MiniGPT against nanoGPT", choices=("", "matched", "recipe"))
+    flags: str = setting("", "more settings of MiniGPT's train.py in a race, such as --dtype=bfloat16")
 
 
-def figure(values: list[float], form: str = ",.1f") -> str:
-    """The median of values with their spread, marked above a fifth."""
-    spread = (max(values) - min(values)) / median(values)
-    note = f"{spread:.0%}" if len(values) > 1 else "one round"
-    return f"{median(values):{form}} ({note}{', !' if spread > 0.2 else ''})"
+def figure(values: Sequence[float], form: str = ",.1f") -> str:
+    """The median of values and their spread, which is marked above a fifth."""
+    spread = np.ptp(values) / np.median(values)
+    return f"{np.median(values):{form}} ({spread:.0%}){' (!)' if spread > 0.2 else ''}"
 
 
-def seconds(action: Callable, device: torch.device, repeat: int = 0) -> list[float]:
-    """The times of repeat calls, or of 3 to 50 that take some seconds, after one that warms up."""
-    times, (least, most) = [], (repeat, repeat) if repeat else (3, 50)
-    while len(times) <= least or (len(times) <= most and sum(times[1:]) < 4):
-        start = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times[1:]
+def seconds(code: str, repeat: int = 0, **names: object) -> float:
+    """The median time of code, or the mean of repeat times, after one or two that warm up."""
+    timer = Timer(code, globals=names, num_threads=torch.get_num_threads())
+    return (timer.timeit(repeat) if repeat else timer.blocked_autorange(min_run_time=6)).median
 
 
-def nanogpt(folder: str, config: GPTConfig) -> torch.nn.Module:
-    """nanoGPT's own model, of the same sizes, from its clone in folder."""
-    spec = importlib.util.spec_from_file_location("nanogpt", f"{folder}/model.py")
-    module = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    vocab_size = 50304 if config.vocab_size == 50257 else config.vocab_size  # it pads GPT-2's only
-    return module.GPT(module.GPTConfig(**asdict(config) | {"vocab_size": vocab_size}))
-
-
-def training(s: Settings, program: str, config: GPTConfig, rows: int, device: torch.device) -> Callable:
-    """A function that trains one step on a random batch of rows sequences."""
-    x, y = torch.randint(config.vocab_size, (2, rows, config.block_size), device=device)
-    cuda = device.type == "cuda"
-    if program == "nanoGPT":
-        model = nanogpt(s.nanogpt, config).to(device)
-        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-        dtype, compiled = ("bfloat16", True) if cuda else ("float32", False)
-    else:
-        model = MiniGPT(config).to(device)
+def training_step(s: Settings, program: str, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable:
+    """A function that trains program's model one step on inputs x and targets y."""
+    if program == "MiniGPT":
         optimizer = train.make_optimizer(model, train.Settings())
-        dtype, compiled = best_dtype(device) if s.dtype == "auto" else s.dtype, s.compile or cuda
-        choose_kernels(device, dtype, config.block_size, deterministic=False)
+        dtype, compiled = best_dtype(x.device) if s.dtype == "auto" else s.dtype, s.compile or x.is_cuda
+        choose_kernels(x.device, dtype, x.size(1), deterministic=False)
         if s.activation_checkpointing:
             model.h = torch.nn.ModuleList(map(checkpoint_wrapper, model.h))
+    else:
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), x.device.type)
+        dtype, compiled = ("bfloat16", True) if x.is_cuda else ("float32", False)
     network = torch.compile(model) if compiled else model
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    autocast = torch.autocast(x.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     def step():
         with autocast:
@@ -130,125 +106,130 @@ def training(s: Settings, program: str, config: GPTConfig, rows: int, device: to
     return step
 
 
-def decoding(s: Settings, program: str, config: GPTConfig, rows: int, n: int, device: torch.device) -> Callable:
-    """A function that greedily writes n tokens after a prompt of one, in rows texts."""
-    idx, dtype = torch.zeros(rows, 1, dtype=torch.long, device=device), getattr(torch, s.decode_dtype)
-    if program == "nanoGPT":
-        model = nanogpt(s.nanogpt, config).to(device, dtype).eval()
-        return lambda: model.generate(idx, n, top_k=1)
-    if program == "transformers":
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        sizes |= {"n_positions": max(config.block_size, n + 1), "bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2LMHeadModel(GPT2Config(**sizes)).to(device, dtype).eval()
-        options = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n, "pad_token_id": 0}
-        return lambda: model.generate(idx, attention_mask=torch.ones_like(idx), **options)
-    model = MiniGPT(config).to(device, dtype).eval()
-    read = CompiledReader(model) if device.type == "cuda" else None
-    return lambda: generate(model, idx, n, temperature=0, read=read)
-
-
-def measure(s: Settings, name: str, program: str) -> dict[str, float]:
-    """One measurement: tokens per second, and the peak of memory in MiB, 0 where it is not known."""
+def measure(s: Settings, name: str, program: str) -> tuple[float, float]:
+    """One measurement: tokens per second, and the peak of memory in MiB, NaN where it is not known."""
     *sizes, rows, n = WORK[name]
     config, device = GPTConfig(*sizes, bias=False), pick_device(s.device)
-    torch.manual_seed(0)
-    action = decoding(s, program, config, rows, n, device) if n else training(s, program, config, rows, device)
-    speed = rows * (n or config.block_size) / median(seconds(action, device, s.steps))
-    peak, status = 0, Path("/proc/self/status")
+    sys.stdout = sys.stderr  # nanoGPT says how large it is
+    if program == "MiniGPT":
+        model = MiniGPT(config)
+    elif program == "nanoGPT":
+        theirs = runpy.run_path(f"{s.nanogpt}/model.py", run_name="nanogpt")
+        model = theirs["GPT"](theirs["GPTConfig"](**asdict(config)))
+    else:
+        transformers = optional("transformers")
+        sizes = transformers.GPT2Config(**asdict(config), n_positions=1024, bos_token_id=None, eos_token_id=None)
+        model = transformers.GPT2LMHeadModel(sizes)
+    model.to(device)
+    x, y = torch.randint(config.vocab_size, (2, rows, config.block_size), device=device)
+    if not n:
+        action = training_step(s, program, model, x, y)
+    else:
+        model.to(getattr(torch, s.decode_dtype)).eval()
+        read = CompiledReader(model) if device.type == "cuda" else None
+        action = {  # greedily, after a prompt of one token
+            "MiniGPT": lambda: generate(model, x[:, :1], n, temperature=0, read=read),
+            "nanoGPT": lambda: model.generate(x[:, :1], n, top_k=1),
+            "transformers": lambda: model.generate(x[:, :1], max_new_tokens=n, do_sample=False),
+        }[program]
+    speed = rows * (n or config.block_size) / seconds("action()", s.steps, action=action)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    elif status.exists():  # getrusage would also count the process that started this one
-        peak = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
-    return {"speed": speed, "peak": peak}
+        return speed, torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")  # getrusage would also count the process that started this one
+    return speed, int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10 if status.exists() else np.nan
 
 
-def measure_apart(s: Settings, name: str, program: str) -> dict[str, float]:
-    """The same in a process of its own, which finds no memory, threads or compiled code of another."""
-    flags = [f"--{key}={value}" for key, value in (asdict(s) | {"one": f"{name}/{program}"}).items()]
-    done = subprocess.run([sys.executable, "-m", "extras.bench", *flags], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{name} with {program} failed:\n{done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def table(s: Settings, device: torch.device) -> None:
-    """Print the limits of the machine, and the speed of all work by all programs."""
-    names = s.work.split(",")
+def table(s: Settings, device: torch.device, machine: str) -> None:
+    """Print the limits of the machine, and the speed of each program at each work."""
+    names, programs = s.work.split(","), ["MiniGPT", *["nanoGPT"] * bool(s.nanogpt), *[s.peer] * bool(s.peer)]
     if unknown := [name for name in names if name not in WORK]:
         raise UserError(f"unknown work {', '.join(unknown)}: there is {', '.join(WORK)}")
-    dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
-    products = [2 * n**3 / t / 1e9 for t in seconds(lambda: a @ b, device)]
-    array = torch.ones(1 << 28, device=device)  # 1 GiB
-    reading = [array.nbytes / t / 1e9 for t in seconds(lambda: array.sum(), device)]
-    print(f"limits: {figure(products)} GFLOP/s in a {dtype} matrix product, {figure(reading)} GB/s of reading\n")
-    print(f"| work | program | tokens/s | of the limit | peak memory | MiniGPT is |\n|{' --- |' * 6}")
+    dtype, n = best_dtype(device) if s.dtype == "auto" else s.dtype, 8192 if device.type == "cuda" else 2048
+    products = 2 * n**3 / seconds("a @ a", s.steps, a=torch.randn(n, n, device=device, dtype=getattr(torch, dtype)))
+    reading = 2**30 / seconds("a.sum()", s.steps, a=torch.ones(2**28, device=device))
+    print(f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n")
+    print(f"| work | program | tokens/s | of the limit | peak MiB | MiniGPT is |\n|{' --- |' * 6}")
     for name in names:
         *sizes, rows, n = WORK[name]
-        with torch.device("meta"):
-            model = MiniGPT(GPTConfig(*sizes, bias=False))
-        kind, limit, cost = "the products", median(products), flops_per_token(model)
-        if n:  # every weight is read once for the next token of all rows
-            weights = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
-            kind, limit, cost = "reading", median(reading), weights * getattr(torch, s.decode_dtype).itemsize / rows
-        programs = ["MiniGPT"] + ["nanoGPT"] * bool(s.nanogpt) + ["transformers"] * bool(s.peer and n)
-        rounds = [{program: measure_apart(s, name, program) for program in programs} for _ in range(s.rounds)]
-        for program in programs:
-            speeds, peaks = ([r[program][key] for r in rounds] for key in ("speed", "peak"))
-            share = f"{median(speeds) * cost / limit / 1e9:.0%} of {kind}"
-            peak = f"{max(peaks):,.0f} MiB" if max(peaks) else "not measured"
-            ratios = [r["MiniGPT"]["speed"] / r[program]["speed"] for r in rounds]
-            faster = "" if program == "MiniGPT" else f"{figure(ratios, '.2f')} x as fast"
-            print(f"| {name} | {program} | {figure(speeds)} | {share} | {peak} | {faster} |", flush=True)
+        model = MiniGPT(GPTConfig(*sizes, bias=False)).to("meta", getattr(torch, s.decode_dtype))  # for its size
+        nbytes = sum(p.nbytes for p in model.parameters()) - model.wpe.weight.nbytes  # read for a token of all rows
+        limit = rows * reading / nbytes if n else products / flops_per_token(model)  # tokens per second
+        results = {program: [] for program in programs if n or program != "transformers"}
+        for program in [*results] * s.rounds:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                results[program].append(process.submit(measure, s, name, program).result())
+        for program in results:
+            (mine, _), (speeds, peaks) = (np.transpose(results[key]) for key in ("MiniGPT", program))
+            faster = "" if program == "MiniGPT" else f"{figure(mine / speeds, '.2f')} x as fast"
+            shares = f"{np.median(speeds) / limit:.0%} | {max(peaks):,.0f}"
+            print(f"| {name} | {program} | {figure(speeds)} | {shares} | {faster} |", flush=True)
 
 
-def run_script(command: list[str], folder: str = ".") -> tuple[float, list[dict[str, float]]]:
-    """Run a Python script in folder. Returns its seconds, and the metrics that it prints if it is nanoGPT's train.py:
-    their seconds count from its first line, when its imports are done."""
-    start, first, records = time.perf_counter(), None, []
-    command = [sys.executable, "-u", *command]
+def run(command: list[str], folder: str = ".") -> tuple[float, list[tuple[float, str]]]:
+    """Run a script in folder. Returns its seconds, and what it prints: seconds so far and line."""
+    start, command = time.perf_counter(), [sys.executable, "-u", *command]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            now = time.perf_counter()
-            first = first or now
-            for name, pattern in PRINTED.items():
-                if found := re.match(pattern, line):
-                    records.append({"step": int(found[1]), name: float(found[2]), "seconds": now - first})
+        lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:
         raise UserError(f"{command[2]} in {folder} ended with status {process.returncode}")
-    return time.perf_counter() - start, records
+    return time.perf_counter() - start, lines
 
 
 def load_nanogpt(path: Path) -> MiniGPT:
-    """nanoGPT's checkpoint as a MiniGPT: the same parameters under the same names, but for a prefix and the padding."""
+    """nanoGPT's checkpoint as a MiniGPT, which names its parameters alike and pads the embedding for speed only."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     model = MiniGPT(GPTConfig(**state["model_args"]))
-    weights = {name.removeprefix("transformer."): p for name, p in state["model"].items() if name != "lm_head.weight"}
-    missing = len(model.wte.weight) - len(weights["wte.weight"])
-    model.load_state_dict(weights | {"wte.weight": torch.nn.functional.pad(weights["wte.weight"], (0, 0, 0, missing))})
+    for name, p in model.named_parameters():
+        p.data = state["model"][f"transformer.{name}"]
     return model
 
 
-def race(s: Settings) -> None:
-    """Train with both programs in turn, and print their times and losses."""
-    val_tokens, path = open_dataset("shakespeare")[1], Path(s.nanogpt, "data", "shakespeare_char", "val.bin")
+def race(s: Settings, device: torch.device, machine: str) -> None:
+    """Train with both programs in turn. Print the seconds of the commands and the losses of the best checkpoints."""
+    val_tokens, path = open_dataset("shakespeare")[1], Path(s.nanogpt, "data/shakespeare_char/val.bin")
     if not path.exists() or not np.array_equal(np.fromfile(path, "<u2"), val_tokens):
         raise UserError(f"{path} is not of the text of data/shakespeare: prepare both from the same file")
-    mine, theirs = (Path("out", "race", program).resolve() for program in ("MiniGPT", "nanoGPT"))
-    matched = [*RECIPE, "--dataset=shakespeare", "--eval_iters=40", f"--out_dir={mine}"]  # nanoGPT's are 20 + 20
-    recipe = ["config/shakespeare.py", "--device=cpu", f"--out_dir={mine}"]
-    command = [*(matched if s.race == "matched" else recipe), *s.flags.split()]
-    changed, base = (asdict(read_settings(train.Settings, flags, "")) for flags in (command, matched))
-    if changed["dtype"] == "auto":
-        changed["dtype"] = best_dtype(torch.device("cpu"))
-
-    times, losses, reached = [], [], []
+    mine, theirs = Path("out/race/MiniGPT"), Path("out/race/nanoGPT").resolve()
+    matched, recipe = f"--dataset=shakespeare --eval_iters=40 {RECIPE}", "config/shakespeare.py --device=cpu"
+    flags = [f"--out_dir={mine}", *(matched if s.race == "matched" else recipe).split(), *s.flags.split()]
+    ours, base = (asdict(read_settings(train.Settings, argv, "")) for argv in (flags, [flags[0], *matched.split()]))
+    ours["dtype"] = ours["dtype"].replace("auto", best_dtype(torch.device("cpu")))
+    command = [*f"train.py config/train_shakespeare_char.py --eval_iters=20 {RECIPE}".split(), f"--out_dir={theirs}"]
+    results = []
     for _ in range(s.rounds):
-        shutil.rmtree(mine, ignore_errors=True)
-        my_time, _ = run_script([train.__file__, *command])
-        nanogpt_flags = ["config/train_shakespeare_char.py", *RECIPE, "--eval_iters=20", f"--out_dir={theirs}"]
-        their_time, records = run_script(["train.py", *nanogpt_flags], s.nanogpt)
-        ...
+        shutil.rmtree("out/race", ignore_errors=True)
+        my_time, _ = run([train.__file__, *flags])
+        their_time, lines = run(command, s.nanogpt)
+        with (theirs / "metrics.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            for now, line in lines:
+                if found := re.match(r"\w+ (\d+): (?:.* (val) )?loss ([\d.]+)", line):
+                    loss = {"val_loss" if found[2] else "loss": float(found[3])}
+                    file.write(json.dumps({"step": int(found[1]), "seconds": now - lines[0][0]} | loss) + "\n")
+        my_loss = train.evaluate(load_model(mine / "best.pt")[0], val_tokens, 64)
+        their_loss = train.evaluate(load_nanogpt(theirs / "ckpt.pt"), val_tokens, 64)
+        (steps, now, losses), (x, _, y) = (read_series(folder)["val_loss"] for folder in (mine, theirs))
+        reached = my_time - now[-1] + [*now[losses <= their_loss], np.nan][0]  # since the start of the command
+        results.append((my_time, my_loss, their_time, their_loss, reached, abs(losses - np.interp(steps, x, y)).max()))
+    my_time, my_loss, their_time, their_loss, reached, gap = np.transpose(results)
+    print(f"{machine}\n\n| program | seconds | loss, whole validation split |\n|{' --- |' * 3}")
+    print(f"| MiniGPT | {figure(my_time)} | {figure(my_loss, '.3f')} |")
+    print(f"| nanoGPT | {figure(their_time)} | {figure(their_loss, '.3f')} |\n")
+    print(f"nanoGPT / MiniGPT: {figure(their_time / my_time, '.2f')} in seconds; curves differ by {figure(gap, '.3f')}")
+    print(f"MiniGPT has nanoGPT's loss after {figure(reached / their_time, '.2f')} of nanoGPT's seconds")
+    print("MiniGPT has", ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "the same")
+
+
+@one_line_errors()
+def main(s: Settings) -> None:
+    if s.nanogpt and not Path(s.nanogpt, "model.py").exists():
+        raise UserError(f"no {s.nanogpt}/model.py: --nanogpt is the folder of a clone of nanoGPT")
+    device, cpu = pick_device(s.device), getattr(torch.cpu, "get_capabilities", dict)()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.get("cpu_name", device.type)
+    instructions = [torch.backends.cpu.get_cpu_capability(), *(k for k in ("avx512_bf16", "amx_bf16") if cpu.get(k))]
+    machine = f"{name}, {' '.join(instructions)}, {cpu_count()} cores, {torch.get_num_threads()} threads"
+    (race if s.race else table)(s, device, f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print("\nin brackets: the spread over the rounds, (max - min) / median; figures with (!) are not to be trusted")
+
+
+if __name__ == "__main__":
+    main(command_line(Settings, __doc__))

@@ -19,12 +19,10 @@ import torch
 import torch.nn.functional as F
 
 import sample
-from extras.plot import GRID, INK, drawable, picture
+from extras.plot import GRID, drawable, picture
 from model import MiniGPT
-from support.checkpoint import find_checkpoint
-from support.pretrained import load_pretrained, load_pretrained_tokenizer
-from support.runtime import best_dtype, pick_device
-from support.settings import UserError, one_line_errors, read_settings, setting
+from support.runtime import pick_device
+from support.settings import UserError, command_line, one_line_errors, setting
 from support.tokenizer import ByteTokenizer
 
 COLORS = ((0.9, 114), (0.5, 157), (0.1, 229), (0.01, 216), (0.0, 210))  # probability of at least, xterm colour
@@ -116,11 +114,10 @@ def draw_attention(model: MiniGPT, tokenizer: ByteTokenizer, text: str, path: Pa
         for layer, head in np.ndindex(n_layer, n_head):
             axis.text(head * (n + 2), layer * (n + 2) + 1, f"layer {layer}, head {head}", size=12)
         labels = [drawable(visible(tokenizer.decode_bytes([i])).replace(" ", "\N{MIDDLE DOT}")) for i in ids]
-        columns = [head * (n + 2) + i for head in range(n_head) for i in range(n)]
-        rows = [layer * (n + 2) + 2 + i for layer in range(n_layer) for i in range(n)]
-        axis.set_xticks(columns, labels * n_head, rotation=90 if max(map(len, labels)) > 1 else 0)
-        axis.set_yticks(rows, labels * n_layer)
-        axis.tick_params(labelcolor=INK, labelsize=11, length=0)
+        columns, rows = np.arange(image.size(1)).reshape(n_head, -1), np.arange(image.size(0)).reshape(n_layer, -1)
+        axis.set_xticks(columns[:, :n].ravel(), labels * n_head, rotation=90 if max(map(len, labels)) > 1 else 0)
+        axis.set_yticks(rows[:, 2:].ravel(), labels * n_layer)
+        axis.tick_params(labelcolor="black", labelsize=11, length=0)
         axis.set(xlabel="token looked at", ylabel="token that looks")
         axis.grid(False)
         figure.colorbar(colors, location="top", shrink=0.5, aspect=50, pad=0.01, label="attention (a row sums to 1)")
@@ -128,23 +125,14 @@ def draw_attention(model: MiniGPT, tokenizer: ByteTokenizer, text: str, path: Pa
 
 @one_line_errors()
 def main(s: Settings) -> None:
-    device = pick_device(s.device)
-    if s.init_from:
-        model, tokenizer = load_pretrained(s.init_from), load_pretrained_tokenizer(s.init_from)
-        if tokenizer is None:
-            raise UserError(f"{s.init_from} has no tokenizer.json of a kind that this program knows")
+    model, tokenizer, _ = sample.open_model(s, pick_device(s.device))
+    if s.attention:
+        path = Path(s.file or Path(s.out_dir, "attention.png"))
+        draw_attention(model, tokenizer, s.attention, path)
+        print(path)
     else:
-        model, tokenizer, _ = sample.load_model(find_checkpoint(s.out_dir, s.checkpoint), device)
-    dtype = s.dtype if s.dtype != "auto" else best_dtype(device) if device.type == "cuda" else "float32"
-    model = model.to(device, getattr(torch, dtype))
-    if not s.attention:
-        return write(model, tokenizer, s)
-    path = Path(s.file or Path(s.out_dir, "attention.png"))
-    draw_attention(model, tokenizer, s.attention, path)
-    print(path)
+        write(model, tokenizer, s)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        settings = read_settings(Settings, sys.argv[1:], __doc__)
-    main(settings)
+    main(command_line(Settings, __doc__))

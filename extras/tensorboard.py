@@ -4,13 +4,12 @@ python -m extras.tensorboard --out_dir=out/shakespeare     until Ctrl-C; --follo
 tensorboard --logdir out                                   in another terminal
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from extras.plot import parse_metrics
-from support.settings import UserError, one_line_errors, read_settings, setting
+from extras.plot import read_metrics
+from support.settings import command_line, one_line_errors, optional, setting
 
 
 @dataclass
@@ -21,31 +20,24 @@ class Settings:
 
 @one_line_errors(OSError)
 def main(s: Settings) -> None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("this needs tensorboard: pip install tensorboard") from error
-    path, folder = Path(s.out_dir, "metrics.jsonl"), Path(s.out_dir, "tensorboard")
-    if not path.is_file():
-        raise UserError(f"no {path}: train first, or give another --out_dir")
-    print(f"writing to {folder}; to see it: tensorboard --logdir {s.out_dir}", flush=True)
-    written = None
+    optional("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder, written = Path(s.out_dir, "tensorboard"), None
     while True:
-        text = path.read_bytes()
-        text = text[: text.rfind(b"\n") + 1]  # a last line without its end is being written
-        if written is None or not text.startswith(written):  # a resumed run cuts off what it will log again
-            writer, written = SummaryWriter(folder, purge_step=0), b""  # TensorBoard drops what it had from here
-        for record in parse_metrics(text[len(written) :], path):
+        records = read_metrics(s.out_dir)
+        if written is None or records[: len(written)] != written:  # a resumed run cuts off what it will log again
+            writer, written = SummaryWriter(folder, purge_step=0), []  # TensorBoard drops what it had from here
+            print(f"writing to {folder}; to see it: tensorboard --logdir {s.out_dir}", flush=True)
+        for record in records[len(written) :]:
             for name in record.keys() - {"step", "seconds"}:
                 writer.add_scalar(name, record[name], record["step"])
         writer.flush()
         if not s.follow:
             return
-        written = text
-        time.sleep(2)
+        written = records
+        time.sleep(10)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        settings = read_settings(Settings, sys.argv[1:], __doc__)
-    main(settings)
+    main(command_line(Settings, __doc__))

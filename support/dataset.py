@@ -18,8 +18,7 @@ DATA = Path("data")
 def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray, dict]:
     """Return (training tokens, validation tokens, meta) of data/name, the tokens as memory-mapped arrays of shape (n,).
 
-    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for what can't be trained on, also
-    for no more than block_size tokens.
+    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for damage and too few tokens.
     """
     folder = DATA / name
     if Path(name).name != name or not folder.is_dir():
@@ -36,8 +35,7 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
         except Exception as error:  # it may hold anything
             raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():
-        command = f"python prepare_data.py {name} --input {folder / 'input.txt'}"
-        raise UserError(f"{folder / 'meta.pkl'} is a pickle and is not opened: prepare the text again, {command}")
+        raise UserError(f"{folder / 'meta.pkl'} is a pickle and is not opened: prepare {folder / 'input.txt'} again")
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     splits = []
     for split in ("train", "val"):
@@ -47,8 +45,6 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
             raise UserError(f"{path} is missing or has a wrong size ({size:,} bytes): prepare the dataset again")
         splits.append(np.memmap(path, dtype, mode="r").view(np.ndarray))
         if len(splits[-1]) <= block_size:
-            needed = (
-                f"block_size {block_size} needs at least {block_size + 1}: give more text or a smaller --block_size"
-            )
-            raise UserError(f"{path} has only {len(splits[-1])} tokens; {needed}")
+            needed = f"block_size {block_size} needs at least {block_size + 1}"
+            raise UserError(f"{path} has only {len(splits[-1])} tokens; {needed}: add text or lower --block_size")
     return *splits, meta

@@ -27,12 +27,13 @@ def fast_product(weight: torch.Tensor, rows: int) -> Callable[..., torch.Tensor]
     n_out, n_in = weight.shape
     if rows == 1 and weight.dtype == torch.float32:
         # F.linear reads them with one core only; as a batch of products with a part of the weights each, all do
-        parts = weight.view(math.gcd(n_out, 16), -1, n_in)
+        n_parts = math.gcd(n_out, 16)
+        parts = weight.view(n_parts, -1, n_in)
 
         def product(x, bias=None):
             if x.numel() > n_in:  # a prompt
                 return F.linear(x, weight, bias)
-            y = torch.bmm(parts, x.view(1, n_in, 1).expand(parts.size(0), n_in, 1)).view(*x.shape[:-1], n_out)
+            y = torch.bmm(parts, x.as_strided((n_parts, n_in, 1), (0, 1, n_in))).view(*x.shape[:-1], n_out)
             return y if bias is None else y + bias
 
         return product
@@ -66,8 +67,8 @@ def reader(model: MiniGPT, rows: int) -> MiniGPT:
 
 
 class StaticKVCache(KVCache):
-    """The same keys and values for one token at a time, in shapes that never change: what torch.compile can turn into
-    one CUDA graph. A token looks at the whole buffer, and a mask hides what is not filled yet."""
+    """The same keys and values for one token at a time, in shapes that never change, as CUDA graphs need. A token looks
+    at the whole buffer, and a mask hides what is not filled yet."""
 
     def __init__(self, cache: KVCache):
         self.keys, self.values, self.size, self.length = cache.keys, cache.values, cache.size, 0

@@ -39,8 +39,7 @@ ARCHITECTURE = {  # what MiniGPT is, in the names of transformers' GPT2Config, w
 
 
 class skip_init(TorchFunctionMode):
-    """`with skip_init():` torch.nn.init leaves parameters as they are, which saves 4 s where 355M are loaded next.
-    Buffers are filled as always."""
+    """Inside it torch.nn.init leaves parameters, not buffers, as they are, which saves 4 s of loading 355M."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         tensor = (kwargs or {}).get("tensor")  # torch.nn.init passes it by name
@@ -56,64 +55,55 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} can't be read: {error}") from error
 
 
-def find(name_or_path: str | Path) -> Path:
-    """The folder for a path, or for one of the names in HUB, downloaded unless the hub's cache has it."""
+def open_folder(name_or_path: str | Path) -> tuple[Path, GPTConfig]:
+    """The folder for a path, or for a name in HUB (downloaded unless the hub's cache has it), and the sizes in its
+    config.json. Raises UserError if it is missing, damaged or of another architecture."""
     folder = Path(name_or_path)
     if name_or_path in HUB and not folder.is_dir():
         hub = optional("huggingface_hub")
         try:
-            return Path(hub.snapshot_download(f"openai-community/{name_or_path}", allow_patterns=list(FILES)))
+            folder = Path(hub.snapshot_download(f"openai-community/{name_or_path}", allow_patterns=list(FILES)))
         except Exception as error:  # a network fails in many ways
-            advice = "give a folder that has its config.json and model.safetensors"
-            raise UserError(f"{name_or_path} can't be downloaded ({type(error).__name__}): {advice}") from error
+            raise UserError(f"{name_or_path} can't be downloaded ({type(error).__name__}): give a folder") from error
     if not (folder / "config.json").is_file():
         raise UserError(f"no {folder / 'config.json'}: expected {', '.join(HUB)}, or a folder with it and the weights")
-    return folder
-
-
-def read_config(folder: Path) -> GPTConfig:
-    """The sizes in a folder's config.json. Raises UserError if it is damaged or of another architecture."""
     hf_config = read_json(folder / "config.json")
     sizes = {name: hf_config.get(name) for name in ("n_positions", *SIZES)}
     if any(type(size) is not int or size < 1 for size in sizes.values()) or sizes["n_embd"] % sizes["n_head"]:
         raise UserError(f"{folder / 'config.json'} has sizes that no GPT-2 can have: {sizes}")
-    if hf_config.get("activation_function") == "gelu_pytorch_tanh":
-        hf_config["activation_function"] = "gelu_new"  # two names of a formula
+    same = {"gelu_new": "gelu_pytorch_tanh"}  # two names of a formula
     for name, value in {**ARCHITECTURE, "n_inner": 4 * sizes["n_embd"]}.items():
-        if hf_config.get(name) not in (None, value):
+        if hf_config.get(name) not in (None, value, same.get(value)):
             raise UserError(f"{folder} is of another architecture: {name} {hf_config[name]!r}, not {value!r}")
-    return GPTConfig(block_size=sizes.pop("n_positions"), **sizes, bias=True)
+    return folder, GPTConfig(block_size=sizes.pop("n_positions"), **sizes, bias=True)
 
 
 def open_weights(folder: Path, config: GPTConfig) -> dict[str, Any]:
     """{parameter's name: tensor, read when indexed by [...]} of a folder's weights. Raises UserError where they can't
     be read, or don't have the sizes of config.json."""
     safetensors = optional("safetensors")
-    files, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / "model.safetensors").exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or any(Path(str(name)).name != name for name in files.values()):
+    index, shards, weights = folder / "model.safetensors.index.json", {"": "model.safetensors"}, {}
+    if not (folder / "model.safetensors").exists():
+        if not index.exists():
+            raise UserError(
+                f"{folder} has no {index.name}; a pickle (.bin) could run code: have transformers save it again"
+            )
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
             raise UserError(f"{index} does not name files in its folder")
-        files = set(files.values())
-    elif not (folder / "model.safetensors").exists() and list(folder.glob("*.bin")):
-        raise UserError(f"{folder} has a pickle (.bin), which could run code: have transformers save it again")
-    weights = {}
-    for name in files:
+    for name in set(shards.values()):
         try:
             file = safetensors.safe_open(folder / name, framework="pt")
-            weights |= {key.removeprefix("transformer."): file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                if not key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal masks in older files
+                    weights[key.removeprefix("transformer.")] = file.get_slice(key)
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder / name} can't be read: {error}") from error
-    # Older files have the causal masks too.
-    weights = {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     # Compared before a model is built, which would be as large as config.json says.
     expected = {"wte.weight": [config.vocab_size, config.n_embd], "wpe.weight": [config.block_size, config.n_embd]}
-    found = {name: weights[name].get_shape() for name in expected if name in weights}
-    last_layer = f"h.{config.n_layer - 1}."
-    if expected | found != expected or not any(name.startswith(last_layer) for name in weights):
-        raise UserError(
-            f"{folder}: config.json asks for {expected} and {last_layer}*, which is not what the weights are"
-        )
+    found, last = {name: weights[name].get_shape() for name in expected if name in weights}, f"h.{config.n_layer - 1}."
+    if expected | found != expected or not any(name.startswith(last) for name in weights):
+        raise UserError(f"{folder}: its config.json asks for {expected} and {last}*, its weights have others")
     return weights
 
 
@@ -129,8 +119,7 @@ def load_pretrained(name_or_path: str | Path, block_size: int | None = None, dro
 
     Raises UserError where there is no such model, or where it is damaged or of another architecture.
     """
-    folder = find(name_or_path)
-    config = read_config(folder)
+    folder, config = open_folder(name_or_path)
     weights = open_weights(folder, config)
     if block_size and block_size > config.block_size:
         raise UserError(f"{folder} has positions for {config.block_size} tokens: that is the largest --block_size")
@@ -144,12 +133,11 @@ def load_pretrained(name_or_path: str | Path, block_size: int | None = None, dro
         raise UserError(f"{folder} is of another architecture: its lm_head is not its token embedding")
     model.wte.weight.detach()[model.config.vocab_size :] = 0  # the padding
     for name, p in parameters.items():
-        p, weight = as_in_file(name, p, model.config), weights[name][...]
-        if name == "wpe.weight":
-            weight = weight[: len(p)]
+        p = as_in_file(name, p, model.config)
+        weight = weights[name][: len(p)] if name == "wpe.weight" else weights[name][...]
         if weight.shape != p.shape:
             raise UserError(f"{folder}: {name} has the shape {list(weight.shape)}, not {list(p.shape)}")
-        if not weight.is_floating_point() or not weight.float().isfinite().all():
+        if not (weight.is_floating_point() and weight.float().isfinite().all()):
             raise UserError(f"{folder}: {name} has values that are not finite numbers")
         p.copy_(weight)
     return model.eval()
@@ -157,26 +145,22 @@ def load_pretrained(name_or_path: str | Path, block_size: int | None = None, dro
 
 def load_pretrained_tokenizer(name_or_path: str | Path) -> ByteTokenizer | None:
     """The tokenizer of a name or folder as in load_pretrained; None if it is missing or from_fast does not know it."""
-    folder = find(name_or_path)
-    vocab_size = read_config(folder).vocab_size
-    tokenizer = None
+    (folder, config), tokenizer = open_folder(name_or_path), None
     if (folder / "tokenizer.json").exists():
         with suppress(LookupError, TypeError, AttributeError, ValueError, OverflowError):  # it may hold anything
             tokenizer = from_fast(read_json(folder / "tokenizer.json"))
-    elif vocab_size == 50257:
+    elif config.vocab_size == 50257:
         tokenizer = load_tokenizer({"tokenizer": "gpt2"})
-    return tokenizer if tokenizer and tokenizer.vocab_size == vocab_size else None
+    return tokenizer if tokenizer and tokenizer.vocab_size == config.vocab_size else None
 
 
 def check_same_tokens(name: str, vocab_size: int, dataset_meta: dict[str, Any]) -> None:
     """Raise UserError unless the token ids of a dataset are those that the weights called name were trained with."""
-    dataset_tokenizer, tokenizer = load_tokenizer(dataset_meta), None
-    with suppress(UserError):  # without it, compare the number of tokens alone
-        tokenizer = load_pretrained_tokenizer(name)
-    same = dataset_tokenizer.vocab_size == vocab_size
-    if same and tokenizer:
-        same = all(dataset_tokenizer.decode_bytes([i]) == tokenizer.decode_bytes([i]) for i in range(vocab_size))
-    if not same:
+    ours, theirs = load_tokenizer(dataset_meta), None
+    with suppress(UserError):  # without theirs, only the number of tokens is compared
+        theirs = load_pretrained_tokenizer(name)
+    different = theirs and any(ours.decode_bytes([i]) != theirs.decode_bytes([i]) for i in range(vocab_size))
+    if different or ours.vocab_size != vocab_size:
         source, kind = f"data/{dataset_meta['dataset']}", "gpt2" if vocab_size == 50257 else name
         raise UserError(f"{source} has other tokens than {name}: prepare it with --tokenizer={kind}")
 
@@ -186,36 +170,33 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
 
     config.json is written last: without it a folder is not a model's. Raises UserError where writing fails.
     """
-    save_file, SafetensorError = optional("safetensors.torch").save_file, optional("safetensors").SafetensorError
-    config, folder = model.config, Path(folder)
-    if tokenizer and tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for a model of {config.vocab_size}")
+    save_file, config, folder = optional("safetensors.torch").save_file, model.config, Path(folder)
     weights = {}
     for name, p in model.named_parameters():
         weights[f"transformer.{name}"] = as_in_file(name, p, config).cpu().contiguous()
         if not config.bias and name.endswith("weight") and not name.startswith(("wte", "wpe")):  # GPT-2 always has one
             weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(len(p), dtype=p.dtype)
 
-    eos_token = tokenizer.eos_token if tokenizer else None
+    eos_token = tokenizer and tokenizer.eos_token
     hf_config = ARCHITECTURE | {name: getattr(config, name) for name in SIZES} | {"n_positions": config.block_size}
     hf_config |= {"architectures": ["GPT2LMHeadModel"], "dtype": str(model.wte.weight.dtype).removeprefix("torch.")}
     hf_config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     hf_config |= dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token)
-    contents = {}
+    contents = {"config.json": hf_config}
     if tokenizer:
         options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.block_size}
         options |= {} if eos_token is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         options["clean_up_tokenization_spaces"] = False
-        contents = {"tokenizer.json": to_fast(tokenizer), "tokenizer_config.json": options}
+        contents = {"tokenizer.json": to_fast(tokenizer), "tokenizer_config.json": options} | contents
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in {**contents, "config.json": hf_config}.items():
+        for name, content in contents.items():
             write_json(folder / name, content)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it the owner's only
-    except (OSError, SafetensorError) as error:
+    except (OSError, optional("safetensors").SafetensorError) as error:
         raise UserError(f"{folder} can't be written: {error}") from error
 
 
@@ -225,6 +206,7 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
 UNPRINTABLE = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
 TO_CHAR = [chr(0x100 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256)]
 TO_BYTE = {char: b for b, char in enumerate(TO_CHAR)}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 def merges(vocab: dict[str, int]) -> list[str]:
@@ -246,8 +228,7 @@ def merges(vocab: dict[str, int]) -> list[str]:
 
 def to_fast(tokenizer: ByteTokenizer) -> dict[str, Any]:
     """A tokenizer as the contents of tokenizer.json. Raises UserError for a kind that has no such form."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    vocab, special, pairs, splits, decoder = TO_BYTE, {}, [], byte_level, byte_level
+    vocab, special, pairs, splits, decoder = TO_BYTE, {}, [], BYTE_LEVEL, BYTE_LEVEL
     if isinstance(tokenizer, CharTokenizer):
         vocab, splits, decoder = {char: i for i, char in enumerate(tokenizer.chars)}, None, {"type": "Fuse"}
     elif isinstance(tokenizer, BPETokenizer):
@@ -257,40 +238,33 @@ def to_fast(tokenizer: ByteTokenizer) -> dict[str, Any]:
         # In tiktoken x{1,3}+ is possessive; in tokenizers it would repeat x{1,3}.
         pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        splits = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+        splits = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
     elif type(tokenizer) is not ByteTokenizer:
         raise UserError(f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    added = [{"id": i, "content": token, **flags} for i, token in sorted((i, token) for token, i in special.items())]
-    model = {"type": "BPE", "vocab": vocab, "merges": pairs}
-    model |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
-    fast = {"version": "1.0", "added_tokens": added, "pre_tokenizer": splits, "decoder": decoder, "model": model}
-    return fast | dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    added = [{"id": i, "content": token, **flags} for token, i in sorted(special.items(), key=lambda item: item[1])]
+    fast = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": splits, "decoder": decoder}
+    return fast | {"model": {"type": "BPE", "vocab": vocab, "merges": pairs}}
 
 
 def from_fast(fast: dict[str, Any]) -> ByteTokenizer:
-    """The tokenizer in a tokenizer.json's contents. Raises an Exception unless they are like to_fast's or GPT-2's."""
+    """The tokenizer in a tokenizer.json's contents. Raises an Exception unless to_fast wrote it or it is GPT-2's."""
     model, splits = fast["model"], fast["pre_tokenizer"]
     special = {token["content"]: token["id"] for token in fast["added_tokens"]}
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    if model["type"] != "BPE" or fast["normalizer"] or model.get("byte_fallback"):
-        raise ValueError("not a BPE")
-    if splits is None and fast["decoder"] == {"type": "Fuse"} and not special:
-        return load_tokenizer({"tokenizer": "char", "chars": "".join(sorted(vocab, key=vocab.get))})
-    *splits, last = splits.get("pretokenizers", [splits])
-    if vocab == TO_BYTE and last["type"] == "ByteLevel" and not (last["add_prefix_space"] or splits or special):
-        return ByteTokenizer()
-    if last.get("use_regex", True):
-        splits.append({"pattern": {"Regex": GPT2_PATTERN}, "behavior": "Isolated", "invert": False})
-    [split] = splits
-    as_bytes = last["type"] == "ByteLevel" and not last["add_prefix_space"] and TO_BYTE.keys() <= vocab.keys()
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    ids = {*vocab.values(), *special.values()}
-    if not as_bytes or pairs != merges(vocab) or len(ids) < len(vocab) + len(special):
-        raise ValueError("not a BPE over bytes")
-    if split["behavior"] != "Isolated" or split["invert"]:
-        raise ValueError("not split as tiktoken does")
-    ranks = {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
-    pattern = split["pattern"]["Regex"]
-    return BPETokenizer(tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    of_gpt2 = splits and {"use_regex": True} | splits == BYTE_LEVEL | {"use_regex": True}
+    tokenizer, ids = None, {*vocab.values(), *special.values()}
+    if splits is None:
+        tokenizer = load_tokenizer({"tokenizer": "char", "chars": "".join(sorted(vocab, key=vocab.get))})
+    elif vocab == TO_BYTE and not (of_gpt2 or special):
+        tokenizer = ByteTokenizer()
+    elif TO_BYTE.keys() <= vocab.keys() and len(ids) == len(vocab) + len(special):
+        pattern = GPT2_PATTERN if of_gpt2 else splits["pretokenizers"][0]["pattern"]["Regex"]
+        ranks = {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+        encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        tokenizer = BPETokenizer(encoding)
+    ours = to_fast(tokenizer)
+    if fast["normalizer"] or pairs != ours["model"]["merges"] or not (of_gpt2 or splits == ours["pre_tokenizer"]):
+        raise ValueError("this program would encode otherwise")
+    return tokenizer

@@ -58,9 +58,8 @@ def choose_kernels(device: torch.device, dtype: str, block_size: int, determinis
 def flops_per_token(model: MiniGPT) -> int:
     """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
     forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
-    config = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")  # that is looked up
-    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
+    return 6 * weights + 12 * model.config.n_layer * model.config.n_embd * model.config.block_size
 
 
 @contextmanager
@@ -72,7 +71,6 @@ def advice() -> Iterator[None]:
         for sign, note in (
             ("out of memory", "a smaller --batch_size with more --gradient_accumulation_steps needs less memory"),
             ("can't allocate memory", "a smaller model or --batch_size needs less memory"),
-            ("deterministic implementation", "--deterministic=False does without"),
             ("imed out", "another rank has stopped or is slower than --timeout"),
             ("by peer", "another rank has stopped"),
         ):
@@ -88,8 +86,7 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, self.signals = pick_device(device), []
         if self.size > 1:
-            if backend == "auto":
-                backend = "nccl" if self.device.type == "cuda" else "gloo"
+            backend = backend.replace("auto", "nccl" if self.device.type == "cuda" else "gloo")
             join(backend, self.device, timedelta(seconds=timeout))
             self.cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
@@ -106,10 +103,8 @@ class Ranks:
         """
         sequences, rest = divmod(batch_size * gradient_accumulation_steps, self.size)
         if rest:
-            n = f"{batch_size} x {gradient_accumulation_steps} sequences per step"
-            raise UserError(
-                f"{n} (batch_size x gradient_accumulation_steps) can't be shared evenly by {self.size} ranks"
-            )
+            step = f"a step of {batch_size} x {gradient_accumulation_steps} sequences"
+            raise UserError(f"{step} can't be shared evenly by {self.size} ranks: change gradient_accumulation_steps")
         rows = next(n for n in range(min(batch_size, sequences), 0, -1) if sequences % n == 0)
         return rows, sequences // rows
 

@@ -35,10 +35,6 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
-    def encode_texts(self, texts: list[tuple[bool, str]]) -> np.ndarray:
-        """The ids of all texts in a row; True puts end of text, if there is such a token, before a text."""
-        return self.encode_array("".join(text for _, text in texts))
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(ids)
 
@@ -62,11 +58,9 @@ class CharTokenizer(ByteTokenizer):
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         unknown = self.codes[ids] != codes
         if unknown.any():
-            char = text[unknown.argmax()]
-            raise UserError(
-                f"the character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} characters of the "
-                "training text; to allow any, prepare and train with --tokenizer=byte"
-            )
+            char, known = text[unknown.argmax()], f"the {self.vocab_size} characters of the training text"
+            advice = "to allow any, prepare and train with --tokenizer=byte"
+            raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among {known}; {advice}")
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -90,16 +84,7 @@ class BPETokenizer(ByteTokenizer):
         return {"tokenizer": e.name, "pattern": e._pat_str, "special_tokens": e._special_tokens, "ranks": ranks}
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def encode_texts(self, texts):
-        if self.eos_token is None:
-            return super().encode_texts(texts)
-        if any(END_OF_TEXT in text for _, text in texts):  # written out in a text, it is text
-            parts = [([self.eos_token] * separate, self.encode_array(text)) for separate, text in texts]
-            return np.concatenate([ids for part in parts for ids in part]).astype(np.uint32)
-        text = "".join(END_OF_TEXT * separate + text for separate, text in texts)  # one call is faster than thousands
-        return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}, disallowed_special=())
+        return self.encoding.encode_to_numpy(text, disallowed_special=())  # special tokens written out are text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused
@@ -134,7 +119,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         new = ranks.setdefault(token, len(tokens))  # two pairs can make the same token
         if new == len(tokens):
             tokens.append(token)
-        grown = set()
+        changes = Counter()
         for i in words_with.pop(pair):
             word, n = words[i]
             merged = []
@@ -144,15 +129,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
                 else:
                     merged.append(part)
             for old in pairwise(word):
-                pair_counts[old] -= n
+                changes[old] -= n
             for made in pairwise(merged):
-                pair_counts[made] += n
-                if new in made:
-                    words_with[made].add(i)
-                    grown.add(made)
+                changes[made] += n
+                words_with[made].add(i)
             words[i] = merged, n
-        for made in grown:
-            heappush(heap, (-pair_counts[made], made))
+        for changed, change in changes.items():
+            pair_counts[changed] += change
+            if change > 0:
+                heappush(heap, (-pair_counts[changed], changed))
     name, special = f"bpe:{vocab_size}", {END_OF_TEXT: len(tokens)}
     return BPETokenizer(tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
@@ -179,7 +164,5 @@ def load_tokenizer(meta: dict) -> ByteTokenizer:
     try:
         return BPETokenizer(tiktoken.get_encoding(name))
     except Exception as error:  # requests' and urllib3's many, or a damaged file
-        raise UserError(
-            f"the vocabulary of {name} can't be downloaded ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            "folder that has it, or use --tokenizer=byte"
-        ) from error
+        advice = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte"
+        raise UserError(f"the vocabulary of {name} can't be downloaded ({type(error).__name__}): {advice}") from error

@@ -81,7 +81,8 @@ def run(workdir):
         script = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
         env = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
         command = [*launcher, *script, *map(str, arguments)]
-        return subprocess.run(command, env=env, timeout=240, capture_output=True, text=True, encoding="utf-8", **options)
+        options |= {"env": env, "timeout": 240, "capture_output": True, "text": True, "encoding": "utf-8"}
+        return subprocess.run(command, **options)
 
     return run
 

@@ -14,7 +14,8 @@ from train import Settings
 
 def test_overfitting_nears_zero_on_one_batch_and_writes_nothing(workdir, capsys):
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    check(Settings(**(TINY | {"max_iters": 150, "dropout": 0.2, "log_interval": 150, "gradient_accumulation_steps": 3})))
+    changes = {"max_iters": 150, "dropout": 0.2, "log_interval": 150, "gradient_accumulation_steps": 3}
+    check(Settings(**(TINY | changes)))
     printed = capsys.readouterr().out
     assert float(printed.partition("validation loss ")[2].split()[0]) < 0.5
     assert printed.count("activation    gradient      weight      update") == 2 == printed.count("h.1 ")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from torch._inductor import cudagraph_utils
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
@@ -29,6 +28,11 @@ from support.runtime import Ranks, best_dtype, choose_kernels, compile_now
 from train import Settings, evaluate, make_optimizer, to_device
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_yet():
+    torch._dynamo.reset()
 
 
 def model(**changes):
@@ -72,48 +76,29 @@ def test_inductor_would_make_the_decoding_step_a_cuda_graph():
         copy = torch.ops.aten.copy_.default
         mutated = [i for i, p in enumerate(nodes) if any(u.target is copy and u.args[0] is p for u in p.users)]
         assert len(mutated) == 6  # the keys and values of three layers
-        reason = cudagraph_utils.check_for_mutation_ignore_cuda_graph_managed_tensor(
-            graph, None, mutated, options["static_input_idxs"]
-        )
-        reasons.append(reason)
+        ask = cudagraph_utils.check_for_mutation_ignore_cuda_graph_managed_tensor
+        reasons.append(ask(graph, None, mutated, options["static_input_idxs"]))
+        return graph
 
-        def run(args):
-            values = list(args)
-            args.clear()
-            return graph(*values)
-
-        run._boxed_call = True
-        return run
-
-    expected = decode("eager")
-    torch._dynamo.reset()
-    assert torch.equal(decode(functools.partial(compile_fx, inner_compile=inner)), expected)
+    decode(functools.partial(compile_fx, inner_compile=inner))
     assert reasons == [None]
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 def test_the_decoding_step_copies_no_cache(monkeypatch):
-    class Seen(Exception):
-        pass
-
-    code = []
-
     def keep(self):
-        code.append(generate(self)[0].value)
-        raise Seen
+        raise Exception(generate(self)[0].value)
 
     generate = GraphLowering.codegen
     monkeypatch.setattr(GraphLowering, "codegen", keep)
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="Seen"):
+    with pytest.raises(Exception, match="def call") as code:
         decode("inductor")
-    allocated = re.findall(r"= empty_strided\w*\(\((.*?)\)", code[0].split("def call(")[1])
+    allocated = re.findall(r"= empty_strided\w*\(\((.*?)\)", str(code.value).split("def call(")[1])
     assert allocated and "2, 2, 10, 16" not in allocated  # (B, H, size, D)
 
 
 def test_a_prompt_of_one_token_compiles_once():
     counter = torch._dynamo.testing.CompileCounter()
-    torch._dynamo.reset()
     decode(counter, prompt=1)
     assert counter.frame_count == 1
 
@@ -124,7 +109,6 @@ def test_gpus_without_bfloat16_use_float16_and_float32_uses_their_matrix_units(m
         assert best_dtype(CUDA) == expected
     precisions = []
     monkeypatch.setattr("torch.set_float32_matmul_precision", precisions.append)
-    monkeypatch.setattr("torch.backends.cuda.enable_flash_sdp", lambda on: None)
     choose_kernels(CUDA, "float32", 1024, deterministic=False)
     assert precisions == ["high"]
     choose_kernels(CPU, "float32", 1024, deterministic=False)
@@ -142,12 +126,12 @@ def test_skipped_steps_leave_the_scale_at_one(train, monkeypatch, dtype):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_gradient_that_is_not_finite_changes_no_weight_on_mps_either(monkeypatch, optimizer):
     """Even where the fused kernel does not look at what the scaler has found."""
-    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("mps"), raising=False)
     blind, names = torch._fused_adamw_, {"grad_scale": None, "found_inf": None}
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **options: blind(*args, **(options | names)))
     gpt, scaler = model(), torch.amp.GradScaler("cpu", 1.0)
-    optimizer = make_optimizer(gpt, Settings(optimizer=optimizer))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Parameter, "device", torch.device("mps"), raising=False)
+        optimizer = make_optimizer(gpt, Settings(optimizer=optimizer))
     before = [p.detach().clone() for p in gpt.parameters()]
     idx = torch.randint(65, (2, 16))
     for factor, changed in ((float("nan"), False), (1.0, True)):
@@ -199,8 +183,8 @@ def test_a_gpu_rank_resumes_without_a_copy_of_the_checkpoint_and_one_rank_verifi
     def used():  # MB that are not a file's
         return int(re.search(r"RssAnon:\s+(\d+)", open("/proc/self/status").read())[1]) / 1000
 
-    keys = dict.fromkeys(("model_args", "tokenizer", "init_from"), {})
-    torch.save(keys | {"step": 0, "model": {"w": torch.zeros(32_000_000)}}, tmp_path / "last.pt")  # 128 MB
+    state = {"step": 0, "init_from": "auto", "model_args": {}, "tokenizer": {}}
+    torch.save(state | {"model": {"w": torch.zeros(32_000_000)}}, tmp_path / "last.pt")  # 128 MB
     before = used()
     state = Run(tmp_path, job(1, 8, CUDA)).resume("resume")
     assert used() - before < 32 and state["model"]["w"].sum() == 0
@@ -239,18 +223,11 @@ def test_muon_leaves_skipped_steps_to_the_device():
 
 
 def test_deterministic_also_binds_inductor(monkeypatch):
-    import torch._inductor.config as config
-
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
-    monkeypatch.setattr("torch.backends.cuda.enable_flash_sdp", lambda on: None)
-    before = config.deterministic
-    try:
-        config.deterministic = False
-        choose_kernels(CPU, "float32", 1024, deterministic=True)
-        assert config.deterministic
-    finally:
-        config.deterministic = before
+    monkeypatch.setattr("torch._inductor.config.deterministic", False)
+    choose_kernels(CPU, "float32", 1024, deterministic=True)
+    assert torch._inductor.config.deterministic
 
 
 @pytest.mark.parametrize("device, backend, bound", [(CUDA, "nccl", True), (CUDA, "gloo", False), (CPU, "gloo", False)])
@@ -262,11 +239,11 @@ def test_nccl_is_told_its_device(monkeypatch, device, backend, bound):
     assert seen["device_id"] == (device if bound else None)
 
 
-@pytest.mark.parametrize(
-    "name, peak",
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125),
-     ("NVIDIA A10G", None), ("NVIDIA L4", 121), ("NVIDIA L40", None), ("NVIDIA L40S", 362), ("Tesla T4", None)],
-)  # fmt: skip
+PEAKS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125}
+PEAKS |= {"NVIDIA A10G": None, "NVIDIA L4": 121, "NVIDIA L40": None, "NVIDIA L40S": 362, "Tesla T4": None}
+
+
+@pytest.mark.parametrize("name, peak", PEAKS.items())
 def test_the_peak_is_that_of_the_whole_name(monkeypatch, name, peak):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
     ranks, gpt = Ranks("cpu"), model()
@@ -278,7 +255,7 @@ def test_the_peak_is_that_of_the_whole_name(monkeypatch, name, peak):
 def test_the_second_signal_ends_a_rank_at_once_but_not_torchruns_echo_of_the_first(monkeypatch):
     handlers, ended = {}, []
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update({number: handler}))
-    monkeypatch.setattr(runtime, "end_by_signal", ended.append)
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
     clock = iter([0.0, 0.5, 3.0])
     monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
     ranks = Ranks("cpu")
@@ -287,8 +264,3 @@ def test_the_second_signal_ends_a_rank_at_once_but_not_torchruns_echo_of_the_fir
     for expected in ([], [], [signal.SIGTERM]):
         handlers[signal.SIGTERM](signal.SIGTERM, None)
         assert ended == expected
-
-
-def test_the_slurm_example_gives_each_job_its_cores_and_time_to_save():
-    text = (ROOT / "docs/machines.md").read_text("utf-8")
-    assert "--cpus-per-task=" in text and "--shutdown-timeout=" in text

@@ -64,7 +64,7 @@ def test_mistakes_are_answered_before_any_work(run):
     assert "did you mean learning_rate?" in fails(run("train.py", "--learnin_rate=1"))
     assert "expected a whole number" in fails(run("train.py", *flags(batch_size=1.5)))
     assert "config/shakespeare.py" in fails(run("train.py"))  # the defaults' data is not here
-    assert "is not built in" in fails(run("prepare_data.py", "mine"))
+    assert "only shakespeare and python_docs need no --input" in fails(run("prepare_data.py", "mine"))
     assert not Path("out").exists()
 
 
@@ -91,12 +91,3 @@ def test_without_a_compiler_training_goes_on_eagerly(run):
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("not compiling")]
     assert "step 6/6" in done.stdout
-
-
-def test_the_benchmark_prints_its_table(run):
-    done = run("extras.bench", "--work=train:char", "--rounds=1", "--steps=2", "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    row = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")]
-    assert row[1:3] == ["train:char", "MiniGPT"] and float(row[3].replace(",", "")) > 0
-    assert "GFLOP/s in a" in done.stdout and "GB/s of reading" in done.stdout
-    assert "there is train:char" in fails(run("extras.bench", "--work=train:moon"))

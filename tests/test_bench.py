@@ -1,0 +1,94 @@
+"""The benchmark: its table, and the race against nanoGPT, of which a script of a few lines takes the place."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_scripts import fails
+
+from extras.bench import figure, load_nanogpt
+from extras.plot import read_series
+from model import GPTConfig, MiniGPT
+from prepare_data import prepare
+from support.checkpoint import read_checkpoint
+from support.dataset import open_dataset
+from train import evaluate
+
+NANOGPT = """
+import shutil, sys
+flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[2:])
+open("flags.txt", "w").write(repr(flags))
+print("tokens per iteration will be: 768")
+print("step 0: train loss 4.1000, val loss 4.2000")
+print("iter 0: loss 4.1500, time 31.20ms, mfu -100.00%")
+print("step 20: train loss 3.1000, val loss 3.2000")
+shutil.copytree("run", flags["out_dir"])
+"""  # its train.py, seen from outside
+
+
+def save_as_nanogpt(model, path):
+    """A checkpoint of model as nanoGPT writes it."""
+    weights = {f"transformer.{name}": p for name, p in model.state_dict().items()}
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size].clone()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    path.parent.mkdir(parents=True)
+    torch.save({"model": weights, "model_args": vars(model.config)}, path)
+
+
+def test_the_benchmark_prints_its_table(run):
+    done = run("extras.bench", "--work=train:char", "--rounds=2", "--steps=2", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    machine, limits, *_, row, _, legend = done.stdout.splitlines()
+    assert f"torch {torch.__version__}" in machine and torch.backends.cpu.get_cpu_capability() in machine
+    assert "GFLOP/s in " in limits and "GB/s of reading" in limits
+    work, program, speed, share, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (work, program) == ("train:char", "MiniGPT")
+    assert float(speed.split()[0].replace(",", "")) > 0 and share.endswith("%")
+    assert "spread" in legend
+    assert "there is train:char" in fails(run("extras.bench", "--work=train:moon"))
+
+
+def test_a_figure_says_how_far_it_can_be_trusted():
+    assert figure([100.0, 95.0, 110.0]) == "100.0 (15%)"
+    assert figure([1.0, 2.0, 2.1], ".2f") == "2.00 (55%) (!)"
+
+
+def test_a_model_of_nanogpts_computes_the_same_here(tmp_path):
+    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32, bias=True))
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    save_as_nanogpt(model, tmp_path / "run" / "ckpt.pt")
+    idx = torch.randint(65, (2, 16))
+    torch.testing.assert_close(load_nanogpt(tmp_path / "run" / "ckpt.pt")(idx)[0], model(idx)[0])
+
+
+def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
+    prepare("shakespeare", "tiny.txt")
+    _, val_tokens, meta = open_dataset("shakespeare")
+    folder = Path("nanoGPT")
+    model = MiniGPT(GPTConfig(64, meta["vocab_size"], 1, 1, 8, bias=False))
+    save_as_nanogpt(model, folder / "run" / "ckpt.pt")
+    (folder / "train.py").write_text(NANOGPT, encoding="utf-8")
+    flags = "--flags=--max_iters=20 --weight_decay=0.2"
+    race = "extras.bench", "--race=matched", "--rounds=1", f"--nanogpt={folder}", flags
+    assert "prepare both from the same file" in fails(run(*race))
+
+    data = folder / "data" / "shakespeare_char"
+    data.mkdir(parents=True)
+    val_tokens.tofile(data / "val.bin")
+    done = run(*race)
+    assert done.returncode == 0, done.stderr
+    mine, theirs = (line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| Mini", "| nano")))
+    assert float(theirs[2].split()[0]) == pytest.approx(evaluate(model, val_tokens, 64), abs=1e-3)
+    assert float(mine[2].split()[0]) < math.log(meta["vocab_size"])
+
+    config = read_checkpoint("out/race/MiniGPT/last.pt")["config"]
+    given = ast.literal_eval((folder / "flags.txt").read_text(encoding="utf-8"))
+    different = {key for key, value in given.items() if str(config[key]) != str(ast.literal_eval(f"'{value}'"))}
+    assert different == {"out_dir", "eval_iters", "max_iters"}
+    assert done.stdout.splitlines()[-3] == "MiniGPT has max_iters 20, not 2000, weight_decay 0.2, not 0.1"
+    curves = read_series("out/race/nanoGPT")
+    assert curves["loss"][::2].tolist() == [[0], [4.15]]
+    assert curves["val_loss"][::2].tolist() == [[0, 20], [4.2, 3.2]]
