@@ -29,6 +29,7 @@ import urllib.request
 import zlib
 from collections import defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -37,8 +38,8 @@ import numpy as np
 
 from support.checkpoint import lock, write_json
 from support.dataset import DATA
-from support.pretrained import load_pretrained_tokenizer
-from support.settings import UserError, one_line_errors, optional, read_settings, setting
+from support.pretrained import load_pretrained_tokenizer, optional
+from support.settings import UserError, one_line_errors, read_settings, setting
 from support.tokenizer import LEARNED, ByteTokenizer, load_tokenizer, train_bpe
 
 CHUNK_CHARS = 1 << 20  # read at a time: memory stays a small multiple of it
@@ -46,7 +47,7 @@ AHEAD = 2 * (os.cpu_count() or 1)  # batches of half as much that wait for a thr
 SAMPLE_CHARS = 1 << 25  # what a BPE is learned from, at most
 MOST_FILES = 100  # text files that are split by position
 WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)  # up to the last letter or digit before white space
-JSON = re.compile(r"\.(json|jsonl|ndjson)(\.gz)?$|^hf:", re.IGNORECASE)  # names of what has objects or rows
+JSON = re.compile(r"\.(json|jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
 
 
 @dataclass
@@ -61,7 +62,8 @@ def shakespeare() -> tuple[str, str]:
     """(source, text) of tiny Shakespeare (Karpathy 2015), downloaded and checked."""
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     try:
-        text = urllib.request.urlopen(url, timeout=20).read(2_000_000)
+        with urllib.request.urlopen(url, timeout=20) as response:
+            text = response.read(2_000_000)
         if hashlib.sha256(text).hexdigest() != "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed":
             raise ValueError(f"{url} has another text")
     except Exception as error:  # as many kinds as there are ways for a network to fail
@@ -91,15 +93,16 @@ def find_sources(name: str, input: str) -> list[Source]:
     paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise UserError(f"no file or folder {input}, or nothing in it")
-    return [Source(str(path), read_file, path.stat().st_size) for path in paths]
+    return [Source(str(p), read_json if JSON.search(p.name) else read_text, p.stat().st_size) for p in paths]
 
 
-def read_file(path):
-    """A file, unzipped if it is gzip. Damage is a UserError."""
+@contextmanager
+def opened(path):
+    """The binary file at path, unzipped if it is gzip. Damage found while it is read is a UserError."""
     with open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw  # never in UTF-8
         try:
-            yield from read_json(file, path) if JSON.search(path) else read_text(file)
+            yield file
         except UnicodeDecodeError as error:
             offset = file.tell() - len(error.object) + error.start
             hint = f"if it is Latin-1, convert it: iconv -f latin1 -t utf-8 {path} > OUT"
@@ -108,32 +111,37 @@ def read_file(path):
             raise UserError(f"{path} is damaged: {error}") from error
 
 
-def read_text(file):
+def read_text(path):
     """A text file, without a byte-order mark, in pieces that end between a letter or digit and white space.
 
     No byte-pair encoding has a token with these two in a row, so the ids of the pieces are those of the whole text.
     """
-    decoded, text, starts = io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), "", True
-    while chunk := decoded.read(CHUNK_CHARS):
-        head = WORD_END.match(text)
-        end = head.end() if head else len(text) * (len(text) > CHUNK_CHARS)  # no space: memory must stay bounded
-        if end > 0:
-            yield starts, text[:end]
-            starts = False
-        text = text[end:] + chunk
-    yield starts, text
+    with opened(path) as file:
+        decoded, text, starts = io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), "", True
+        while chunk := decoded.read(CHUNK_CHARS):
+            head = WORD_END.match(text)
+            end = head.end() if head else len(text) * (len(text) > CHUNK_CHARS)  # no space: memory must stay bounded
+            if end > 0:
+                yield starts, text[:end]
+                starts = False
+            text = text[end:] + chunk
+        if text:
+            yield starts, text
 
 
-def read_json(file, path):
+def read_json(path):
     """A file of JSON objects, one per line or in an array."""
-    is_array = file.peek(4).removeprefix(b"\xef\xbb\xbf").startswith(b"[")
-    for number, line in enumerate([file.read()] if is_array else file, 1):
-        try:
-            if not line.isspace():
-                yield from documents(json.loads(line) if is_array else [json.loads(line)])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            expected = 'expected JSON objects with a "text" each, one per line or in an array'
-            raise UserError(f"{path}, line {number}: {expected} ({error!r:.200})") from error
+    with opened(path) as file:
+        is_array = file.peek(4).removeprefix(b"\xef\xbb\xbf").startswith(b"[")
+        for number, line in enumerate([file.read()] if is_array else file, 1):
+            try:
+                if not line.isspace():
+                    rows = json.loads(line)
+                    for row in rows if is_array else [rows]:
+                        yield True, text_of(row)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                expected = 'expected JSON objects with a "text" each, one per line or in an array'
+                raise UserError(f"{path}, line {number}: {expected} ({error!r:.200})") from error
 
 
 def read_hub(input):
@@ -141,14 +149,15 @@ def read_hub(input):
     load_dataset = optional("datasets").load_dataset
     path, _, config = input.removeprefix("hf:").partition(":")
     try:
-        yield from documents(load_dataset(path, config or None, split="train", streaming=True))
+        for row in load_dataset(path, config or None, split="train", streaming=True):
+            yield True, text_of(row)
     except Exception as error:  # of the network, of a dozen file formats, of a name that is not there
         raise UserError(f"{input} can't be read: {error!r:.300}") from error
 
 
-def documents(rows):
-    for row in rows:  # half a surrogate pair is replaced, as tiktoken does
-        yield True, row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def text_of(row):
+    """row["text"]; half a surrogate pair is replaced, as tiktoken does."""
+    return row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_all(sources, doing):
@@ -159,8 +168,9 @@ def read_all(sources, doing):
             yield starts, text
             n_chars += len(text)
             if time.monotonic() > shown + 5:
-                shown, total = time.monotonic(), f" of {size / 1e6:,.0f} MB" if size else ""
-                print(f"{doing}: {n_chars / 1e6:,.0f} million characters{total}", file=sys.stderr)
+                shown = time.monotonic()
+                total = f" of {size / 1e6:,.0f} MB" if size else ""
+                print(f"{doing}: {n_chars / 1e6:,.0f} million characters{total}", file=sys.stderr, flush=True)
 
 
 def survey(sources: list[Source], tokenizer: str) -> tuple[int, ByteTokenizer | None]:
@@ -183,8 +193,9 @@ class TokenFile:
     """A file of token ids: encode makes them from batches of texts, in the threads of pool."""
 
     def __init__(self, path, pool, encode):
-        self.file, self.pool, self.encode, self.batch, self.futures = path.open("wb"), pool, encode, [], deque()
-        self.n_chars = self.n_tokens = self.n_bytes = 0
+        self.file, self.pool, self.encode = path.open("wb"), pool, encode
+        self.batch, self.n_chars, self.futures = [], 0, deque()
+        self.n_tokens = self.n_bytes = 0
 
     def add(self, starts, text):
         if text:
@@ -213,10 +224,11 @@ def open_tokenizer(name: str) -> ByteTokenizer | None:
     """The tokenizer called name, or that of a model's folder; None for one that is made of the text."""
     if name in LEARNED or (re.fullmatch(r"bpe:\d+", name) and int(name[4:]) > 256):
         return None
-    is_folder = (Path(name) / "tokenizer.json").is_file()
-    if tokenizer := load_pretrained_tokenizer(name) if is_folder else load_tokenizer({"tokenizer": name}):
+    if not (file := Path(name) / "tokenizer.json").is_file():
+        return load_tokenizer({"tokenizer": name})
+    if tokenizer := load_pretrained_tokenizer(name):
         return tokenizer
-    raise UserError(f"{Path(name, 'tokenizer.json')} is not a tokenizer that this program can read, or not the model's")
+    raise UserError(f"{file} is not a tokenizer that this program can read, or not the model's")
 
 
 def prepare(name: str, input: str = "", tokenizer: str = "char", val_share: float = 0.1, workers: int = 0) -> dict:
@@ -226,7 +238,7 @@ def prepare(name: str, input: str = "", tokenizer: str = "char", val_share: floa
         raise UserError(f"expected a plain name and a text: {usage}")
     encoder = open_tokenizer(tokenizer)  # first: it may have to be downloaded
     sources = find_sources(name, input)
-    by_position = len(sources) <= MOST_FILES and not any(JSON.search(source.name) for source in sources)
+    by_position = len(sources) <= MOST_FILES and not any(source.read in (read_json, read_hub) for source in sources)
     if by_position or encoder is None:
         n_chars, learned = survey(sources, tokenizer)
         n_train = n_chars * round(1e6 * (1 - val_share)) // 10**6
@@ -234,13 +246,10 @@ def prepare(name: str, input: str = "", tokenizer: str = "char", val_share: floa
     dtype = np.dtype("<u2" if encoder.vocab_size <= 1 << 16 else "<u4")
     folder, partial, digest = DATA / name, DATA / name / "partial", hashlib.sha256()
     partial.mkdir(parents=True, exist_ok=True)
-    eos = [] if encoder.eos_token is None else [encoder.eos_token]
     tokenizers = defaultdict(lambda: load_tokenizer(encoder.meta))  # per thread: sharing one costs a quarter
 
     def encode(texts):
-        tokenizer = tokenizers[threading.get_ident()]
-        ids = [ids for starts, text in texts for ids in (eos * starts, tokenizer.encode_array(text))]
-        return np.concatenate([[], *ids], dtype=dtype, casting="unsafe")
+        return tokenizers[threading.get_ident()].encode_texts(texts).astype(dtype)
 
     with lock(folder / "lock"), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         train, val = (TokenFile(partial / f"{split}.bin", pool, encode) for split in ("train", "val"))

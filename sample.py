@@ -21,7 +21,7 @@ import torch
 from model import GPTConfig, KVCache, MiniGPT
 from support.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from support.fast import CompiledReader, reader
-from support.pretrained import load_pretrained, load_pretrained_tokenizer, skip_init
+from support.pretrained import load_pretrained, load_pretrained_tokenizer
 from support.runtime import best_dtype, pick_device
 from support.settings import UserError, command_line, one_line_errors, setting
 from support.tokenizer import ByteTokenizer, load_tokenizer
@@ -94,18 +94,15 @@ def stream(
     eos_token: int | None = None,
     generator: torch.Generator | None = None,
     read: Callable | None = None,
-    observe: Callable[[torch.Tensor], object] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the tokens that follow idx, (B, T) token ids: max_new_tokens times a (B,) tensor.
 
     temperature, top_k and top_p as in `next_token_probs`. repetition_penalty divides the positive logits of tokens
     that are in the text already and multiplies their negative ones (Keskar et al. 2019, section 4.1). With eos_token
     a row that has drawn it is filled up with it, and all ends when every row has, on a GPU up to 15 tokens later.
-    Draws from generator, a torch.Generator on idx's device. Before each draw observe gets the model's logits, (B,
-    vocab_size).
-    Any length can be asked for: whenever block_size tokens are in the cache, the last half of them is read again, so
-    the cost of a token stays bounded. read(idx, cache=cache) stands for the model, to read faster than `reader` does.
-    Raises ValueError for an empty prompt.
+    Draws from generator, a torch.Generator on idx's device. Any length can be asked for: whenever block_size tokens are
+    in the cache, the last half of them is read again, so the cost of a token stays bounded. read(idx, cache=cache)
+    stands for the model, by default `reader`. Raises ValueError for an empty prompt.
     """
     B, T = idx.shape
     if T == 0:
@@ -126,8 +123,6 @@ def stream(
         if n_read < B:
             n_read = B
             logits, cache = logits.expand(B, -1), cache.expand(B)
-        if observe:
-            observe(logits)
         if repetition_penalty != 1.0:
             penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
             logits = torch.where(seen, penalized, logits)
@@ -160,8 +155,7 @@ def generate(model: MiniGPT, idx: torch.Tensor, max_new_tokens: int, *options: A
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[MiniGPT, ByteTokenizer, dict]:
     """(model in eval mode, tokenizer, checkpoint) of the checkpoint at path. Raises UserError for a damaged one."""
     state = read_checkpoint(path)
-    with skip_init():
-        model = MiniGPT(GPTConfig(**state["model_args"]))
+    model = MiniGPT(GPTConfig(**state["model_args"]))
     load_weights(model, state["model"], path)
     return model.to(device).eval(), load_tokenizer(state["tokenizer"]), state
 

@@ -267,7 +267,7 @@ def main(s: Settings) -> None:
     log_time, not_finite, skipped = time.perf_counter(), 0, torch.zeros((), device=device)
     while True:
         # evaluate and save, between two steps and at the end
-        stop, overdue = ranks.maximum(ranks.signal(), time.monotonic() - run.last_save > 60 * s.save_minutes)
+        stop, overdue = ranks.maximum(ranks.signal, time.monotonic() - run.last_save > 60 * s.save_minutes)
         pause = time.perf_counter()
         finished = step >= s.max_iters
         evaluating = s.eval_only or (step > first_step and (finished or step % s.eval_interval == 0))

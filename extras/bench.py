@@ -29,7 +29,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.benchmark import Timer
 
 import train
-from extras.plot import read_series
+from extras.plot import read_metrics
 from model import GPTConfig, MiniGPT
 from sample import generate, load_model
 from support.dataset import open_dataset
@@ -70,8 +70,8 @@ class Settings:
 
 
 def figure(values: Sequence[float], form: str = ",.1f") -> str:
-    """The median of values and their spread, which is marked above a fifth."""
-    spread = np.ptp(values) / np.median(values)
+    """The median of values and their spread, NaN for a single one and marked above a fifth."""
+    spread = np.ptp(values) / np.median(values) if len(values) > 1 else np.nan
     return f"{np.median(values):{form}} ({spread:.0%}){' (!)' if spread > 0.2 else ''}"
 
 
@@ -112,15 +112,14 @@ def measure(s: Settings, name: str, program: str) -> tuple[float, float]:
     config, device = GPTConfig(*sizes, bias=False), pick_device(s.device)
     sys.stdout = sys.stderr  # nanoGPT says how large it is
     if program == "MiniGPT":
-        model = MiniGPT(config)
+        model = MiniGPT(config).to(device)
     elif program == "nanoGPT":
         theirs = runpy.run_path(f"{s.nanogpt}/model.py", run_name="nanogpt")
-        model = theirs["GPT"](theirs["GPTConfig"](**asdict(config)))
+        model = theirs["GPT"](theirs["GPTConfig"](**asdict(config))).to(device)
     else:
         transformers = optional("transformers")
-        sizes = transformers.GPT2Config(**asdict(config), n_positions=1024, bos_token_id=None, eos_token_id=None)
-        model = transformers.GPT2LMHeadModel(sizes)
-    model.to(device)
+        hf_config = transformers.GPT2Config(**asdict(config), n_positions=1024, bos_token_id=None, eos_token_id=None)
+        model = transformers.GPT2LMHeadModel(hf_config).to(device)
     x, y = torch.randint(config.vocab_size, (2, rows, config.block_size), device=device)
     if not n:
         action = training_step(s, program, model, x, y)
@@ -148,7 +147,7 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
     products = 2 * n**3 / seconds("a @ a", s.steps, a=torch.randn(n, n, device=device, dtype=getattr(torch, dtype)))
     reading = 2**30 / seconds("a.sum()", s.steps, a=torch.ones(2**28, device=device))
     print(f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n")
-    print(f"| work | program | tokens/s | of the limit | peak MiB | MiniGPT is |\n|{' --- |' * 6}")
+    print(f"| work | program | tokens/s | of the limit | peak MiB | MiniGPT / this |\n|{' --- |' * 6}")
     for name in names:
         *sizes, rows, n = WORK[name]
         model = MiniGPT(GPTConfig(*sizes, bias=False)).to("meta", getattr(torch, s.decode_dtype))  # for its size
@@ -160,13 +159,12 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
                 results[program].append(process.submit(measure, s, name, program).result())
         for program in results:
             (mine, _), (speeds, peaks) = (np.transpose(results[key]) for key in ("MiniGPT", program))
-            faster = "" if program == "MiniGPT" else f"{figure(mine / speeds, '.2f')} x as fast"
             shares = f"{np.median(speeds) / limit:.0%} | {max(peaks):,.0f}"
-            print(f"| {name} | {program} | {figure(speeds)} | {shares} | {faster} |", flush=True)
+            print(f"| {name} | {program} | {figure(speeds)} | {shares} | {figure(mine / speeds, '.2f')} |", flush=True)
 
 
 def run(command: list[str], folder: str = ".") -> tuple[float, list[tuple[float, str]]]:
-    """Run a script in folder. Returns its seconds, and what it prints: seconds so far and line."""
+    """Run a script in folder. Returns its seconds, and the lines that it prints, each with the seconds until then."""
     start, command = time.perf_counter(), [sys.executable, "-u", *command]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
@@ -185,7 +183,7 @@ def load_nanogpt(path: Path) -> MiniGPT:
 
 
 def race(s: Settings, device: torch.device, machine: str) -> None:
-    """Train with both programs in turn. Print the seconds of the commands and the losses of the best checkpoints."""
+    """Train with both programs in turn. Print the whole commands' seconds and the losses of the best checkpoints."""
     val_tokens, path = open_dataset("shakespeare")[1], Path(s.nanogpt, "data/shakespeare_char/val.bin")
     if not path.exists() or not np.array_equal(np.fromfile(path, "<u2"), val_tokens):
         raise UserError(f"{path} is not of the text of data/shakespeare: prepare both from the same file")
@@ -193,7 +191,7 @@ def race(s: Settings, device: torch.device, machine: str) -> None:
     matched, recipe = f"--dataset=shakespeare --eval_iters=40 {RECIPE}", "config/shakespeare.py --device=cpu"
     flags = [f"--out_dir={mine}", *(matched if s.race == "matched" else recipe).split(), *s.flags.split()]
     ours, base = (asdict(read_settings(train.Settings, argv, "")) for argv in (flags, [flags[0], *matched.split()]))
-    ours["dtype"] = ours["dtype"].replace("auto", best_dtype(torch.device("cpu")))
+    ours["dtype"] = ours["dtype"].replace("auto", best_dtype(device))
     command = [*f"train.py config/train_shakespeare_char.py --eval_iters=20 {RECIPE}".split(), f"--out_dir={theirs}"]
     results = []
     for _ in range(s.rounds):
@@ -207,28 +205,30 @@ def race(s: Settings, device: torch.device, machine: str) -> None:
                     file.write(json.dumps({"step": int(found[1]), "seconds": now - lines[0][0]} | loss) + "\n")
         my_loss = train.evaluate(load_model(mine / "best.pt")[0], val_tokens, 64)
         their_loss = train.evaluate(load_nanogpt(theirs / "ckpt.pt"), val_tokens, 64)
-        (steps, now, losses), (x, _, y) = (read_series(folder)["val_loss"] for folder in (mine, theirs))
-        reached = my_time - now[-1] + [*now[losses <= their_loss], np.nan][0]  # since the start of the command
-        results.append((my_time, my_loss, their_time, their_loss, reached, abs(losses - np.interp(steps, x, y)).max()))
+        evals = [r for r in read_metrics(mine) if "val_loss" in r]
+        since_end = next((r["seconds"] for r in evals if r["val_loss"] <= their_loss), np.nan) - evals[-1]["seconds"]
+        at = {r["step"]: r["val_loss"] for r in read_metrics(theirs) if "val_loss" in r}
+        gap = max((abs(r["val_loss"] - at[r["step"]]) for r in evals if r["step"] in at), default=np.nan)
+        results.append((my_time, my_loss, their_time, their_loss, my_time + since_end, gap))
     my_time, my_loss, their_time, their_loss, reached, gap = np.transpose(results)
     print(f"{machine}\n\n| program | seconds | loss, whole validation split |\n|{' --- |' * 3}")
     print(f"| MiniGPT | {figure(my_time)} | {figure(my_loss, '.3f')} |")
     print(f"| nanoGPT | {figure(their_time)} | {figure(their_loss, '.3f')} |\n")
     print(f"nanoGPT / MiniGPT: {figure(their_time / my_time, '.2f')} in seconds; curves differ by {figure(gap, '.3f')}")
     print(f"MiniGPT has nanoGPT's loss after {figure(reached / their_time, '.2f')} of nanoGPT's seconds")
-    print("MiniGPT has", ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "the same")
+    print("different:", ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "nothing")
 
 
 @one_line_errors()
 def main(s: Settings) -> None:
     if s.nanogpt and not Path(s.nanogpt, "model.py").exists():
         raise UserError(f"no {s.nanogpt}/model.py: --nanogpt is the folder of a clone of nanoGPT")
-    device, cpu = pick_device(s.device), getattr(torch.cpu, "get_capabilities", dict)()
+    device, cpu = pick_device("cpu" if s.race else s.device), getattr(torch.cpu, "get_capabilities", dict)()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.get("cpu_name", device.type)
     instructions = [torch.backends.cpu.get_cpu_capability(), *(k for k in ("avx512_bf16", "amx_bf16") if cpu.get(k))]
     machine = f"{name}, {' '.join(instructions)}, {cpu_count()} cores, {torch.get_num_threads()} threads"
     (race if s.race else table)(s, device, f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print("\nin brackets: the spread over the rounds, (max - min) / median; figures with (!) are not to be trusted")
+    print("\nin brackets: the spread over the rounds, (max - min) / median; (!) is above a fifth: not to be trusted")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import sample
 from extras.plot import GRID, drawable, picture
 from model import MiniGPT
+from support.fast import reader
 from support.runtime import pick_device
 from support.settings import UserError, command_line, one_line_errors, setting
 from support.tokenizer import ByteTokenizer
@@ -66,10 +67,15 @@ def write(model: MiniGPT, tokenizer: ByteTokenizer, s: Settings) -> None:
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # (no-color.org)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     predicted, choices = [], ["\neach token, and the likeliest others:"] if s.alternatives else []
+
+    def read(idx, cache):
+        predicted.append(reader(model, s.num_samples)(idx, cache=cache)[0])
+        return predicted[-1], None
+
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     print(prompt, end="", flush=True)
-    for tokens in sample.stream(model, idx, s.max_new_tokens, *options, observe=predicted.append):
-        token, probs = tokens[0].item(), predicted.pop()[0].float().softmax(-1)
+    for tokens in sample.stream(model, idx, s.max_new_tokens, *options, read=read):
+        token, probs = tokens[0].item(), predicted.pop()[0, -1].float().softmax(-1)
         if token == eos_token:
             break
         text = decoder.decode(tokenizer.decode_bytes([token]))  # a character may be several tokens

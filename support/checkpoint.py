@@ -116,8 +116,8 @@ class Run:
     def resume(self, init_from: str) -> dict[str, Any] | None:
         """The state in last.pt; None for a new run. Raises UserError where init_from insists on the other."""
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
-        if self.folder.exists():
-            self._lock()
+        if self.writes and self.folder.exists():
+            self.lock = lock(self.folder / "lock")
         if init_from == "scratch" and self.last.exists() and not restarted:
             raise UserError(f"{self.last} is a run already: resume it without --init_from, or give another --out_dir")
         state = None
@@ -160,7 +160,7 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self.lock = self.lock or lock(self.folder / "lock")
             kept = []
             for line in self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
@@ -205,7 +205,3 @@ class Run:
             self.unsaved.add(name)
             reason = str(error).splitlines()[0]
             print(f"error: can't save {self.folder / name} ({reason}): the next save tries again", file=sys.stderr)
-
-    def _lock(self):
-        if self.writes and not self.lock:
-            self.lock = lock(self.folder / "lock")

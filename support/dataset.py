@@ -45,6 +45,6 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
             raise UserError(f"{path} is missing or has a wrong size ({size:,} bytes): prepare the dataset again")
         splits.append(np.memmap(path, dtype, mode="r").view(np.ndarray))
         if len(splits[-1]) <= block_size:
-            needed = f"block_size {block_size} needs at least {block_size + 1}"
-            raise UserError(f"{path} has only {len(splits[-1])} tokens; {needed}: add text or lower --block_size")
+            needed = f"block_size {block_size} needs at least {block_size + 1}: give more text"
+            raise UserError(f"{path} has only {len(splits[-1])} tokens; {needed} or a smaller --block_size")
     return *splits, meta

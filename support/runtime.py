@@ -68,14 +68,10 @@ def advice() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        for sign, note in (
-            ("out of memory", "a smaller --batch_size with more --gradient_accumulation_steps needs less memory"),
-            ("can't allocate memory", "a smaller model or --batch_size needs less memory"),
-            ("imed out", "another rank has stopped or is slower than --timeout"),
-            ("by peer", "another rank has stopped"),
-        ):
-            if sign in str(error):
-                error.add_note(f"advice: {note}")
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            error.add_note("advice: a smaller --batch_size with more --gradient_accumulation_steps needs less memory")
+        elif "imed out" in str(error) or "by peer" in str(error):
+            error.add_note("advice: another rank has stopped or is slower than --timeout")
         raise
 
 
@@ -84,7 +80,7 @@ class Ranks:
 
     def __init__(self, device: str = "auto", backend: str = "auto", timeout: float = 600):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.signals = pick_device(device), []
+        self.device, self.signal = pick_device(device), 0
         if self.size > 1:
             backend = backend.replace("auto", "nccl" if self.device.type == "cuda" else "gloo")
             join(backend, self.device, timedelta(seconds=timeout))
@@ -135,17 +131,14 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def signal(self) -> int:
-        """The number of the first signal that was caught, 0 for none."""
-        return self.signals[0][0] if self.signals else 0
-
     def catch_signals(self) -> None:
-        """From now on note SIGINT and SIGTERM, so that the step can be finished; a second ends at once."""
+        """From now on note SIGINT and SIGTERM in `signal`, so that the step can be finished; a second ends at once."""
 
         def note(number, frame):
-            self.signals.append((number, time.monotonic()))
-            if self.size > 1 and self.signals[-1][1] - self.signals[0][1] < 1:
-                return  # torchrun's echo of the first one
+            if not self.signal:
+                self.signal, self.signal_time = number, time.monotonic()
+            if self.size > 1 and time.monotonic() - self.signal_time < 1:
+                return  # the first one, or torchrun's echo of it
             signal.signal(number, signal.SIG_DFL)
             if self.size > 1:
                 signal.raise_signal(number)
@@ -189,16 +182,20 @@ def compile_now(network: Callable, model: MiniGPT, batch: tuple, autocast: torch
     A mistake in the model itself is raised as it is without torch.compile.
     """
     ranks.say("compiling: some 20 seconds, which --compile=False saves")
+
+    def step(network):
+        with autocast:
+            loss = network(*batch)[1]
+        loss.backward()
+
     failure = None
     with network.no_sync() if ranks.size > 1 else nullcontext():
         try:
-            with autocast:
-                loss = network(*batch)[1]
-            loss.backward()
+            step(network)
         except Exception as error:  # as many kinds as there are compilers
-            model(*batch)[1].backward()
-            failure = error
+            step(model)
+            failure = type(error).__name__
     model.zero_grad()
     if any(ranks.maximum(failure is not None)):
         torch.compiler.set_stance("force_eager")
-        ranks.say(f"not compiling: {type(failure).__name__} in torch.compile; --compile=False skips the attempt")
+        ranks.say(f"not compiling: {failure or 'an error on another rank'} in torch.compile; see --compile=False")

@@ -42,7 +42,8 @@ def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | Non
     while arguments:
         argument = arguments.pop()
         if argument in ("-h", "--help"):
-            print(doc.strip() + "\n\nSettings:" + "".join(map(_describe, known.values())))
+            print(f"{doc.strip()}\n\nSettings:")
+            print(*(f"  --{f.name}={f.default}\n        {f.metadata['help']}" for f in known.values()), sep="\n")
             sys.exit(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("-"):
@@ -137,7 +138,3 @@ def _suggest(key, known):
     near += [n for n in known if n.startswith(key) or key == "".join(word[0] for word in n.split("_"))]
     near += [n for n, f in known.items() if key in f.metadata["help"].replace(":", "").split()]
     return f"; did you mean --{near[0]}?" if near else "; --help lists them all"
-
-
-def _describe(f):
-    return f"\n  --{f.name}={f.default}\n        {f.metadata['help']}"

@@ -35,6 +35,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
+    def encode_texts(self, texts: list[tuple[bool, str]]) -> np.ndarray:
+        """The ids of all texts in a row; True puts end of text, if there is such a token, before a text."""
+        return self.encode_array("".join(text for _, text in texts))
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return bytes(ids)
 
@@ -85,6 +89,15 @@ class BPETokenizer(ByteTokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=())  # special tokens written out are text
+
+    def encode_texts(self, texts):
+        if self.eos_token is None:
+            return super().encode_texts(texts)
+        if any(END_OF_TEXT in text for _, text in texts):
+            parts = [([self.eos_token] * separate, self.encode_array(text)) for separate, text in texts]
+            return np.concatenate([ids for part in parts for ids in part]).astype(np.uint32)
+        text = "".join(END_OF_TEXT * separate + text for separate, text in texts)  # one call is faster than thousands
+        return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused

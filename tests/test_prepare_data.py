@@ -160,15 +160,6 @@ def test_a_folder_is_its_files_in_order_with_end_of_text_between(workdir):
     assert meta["source"] == "3 files in cor[p]us"
 
 
-def test_end_of_text_separates_documents_and_is_text_where_it_is_written_out(workdir, gpt2_vocabulary):
-    texts = "<|endoftext|> one", "two"
-    write_rows("rows.jsonl", texts * 20)
-    prepare("rows", "rows.jsonl", "gpt2", val_share=0.5)
-    one, two = map(gpt2_vocabulary.encode_ordinary, texts)
-    splits = [tokens.tolist() for tokens in open_dataset("rows")[:2]]
-    assert sorted(splits) == sorted([([*ids, 50256] * 20)[:-1] for ids in (one, two)])
-
-
 def test_json_lines_arrays_gzip_and_patterns_are_the_same_text(workdir):
     texts = [*corpus(60), "a half \ud83d pair", 'quotes " and ☃\n', ""]
     write_rows("a.jsonl", texts[:30])

@@ -196,11 +196,16 @@ def test_a_compiled_step_is_compiled_once_and_writes_the_same():
     assert counter.frame_count == 1
 
 
-def test_the_probabilities_shown_are_those_of_the_model_also_past_block_size():
+def test_the_logits_that_are_read_are_the_models_also_past_block_size():
     gpt = model()
     idx = torch.randint(65, (2, 5))
     seen = []
-    options = {"temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5, "observe": seen.append}
+
+    def read(idx, cache):
+        seen.append(gpt(idx, cache=cache)[0])
+        return seen[-1], None
+
+    options = {"temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5, "read": read}
     new = torch.stack(list(sample.stream(gpt, idx, 30, **options)), 1)
     expected = []
 
@@ -209,4 +214,4 @@ def test_the_probabilities_shown_are_those_of_the_model_also_past_block_size():
         return new[:, len(expected) - 1 : len(expected)]
 
     naive(gpt, idx, 30, replay)
-    torch.testing.assert_close(torch.stack(seen), torch.stack(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(seen, 1).unbind(1), tuple(expected), atol=1e-4, rtol=0)

@@ -61,7 +61,7 @@ def test_help_lists_the_settings(run, script):
 
 
 def test_mistakes_are_answered_before_any_work(run):
-    assert "did you mean learning_rate?" in fails(run("train.py", "--learnin_rate=1"))
+    assert "did you mean --learning_rate?" in fails(run("train.py", "--learnin_rate=1"))
     assert "expected a whole number" in fails(run("train.py", *flags(batch_size=1.5)))
     assert "config/shakespeare.py" in fails(run("train.py"))  # the defaults' data is not here
     assert "only shakespeare and python_docs need no --input" in fails(run("prepare_data.py", "mine"))

@@ -42,6 +42,13 @@ def test_gpt2_tokens_are_tiktokens(gpt2_vocabulary):
     assert tokenizer.decode([50256]) == "<|endoftext|>"
 
 
+def test_end_of_text_separates_texts_and_is_text_where_it_is_written_out(gpt2_vocabulary):
+    tokenizer = load_tokenizer({"tokenizer": "gpt2"})
+    for first in ("one", "<|endoftext|> one"):
+        expected = [*gpt2_vocabulary.encode_ordinary(first), 50256, *gpt2_vocabulary.encode_ordinary("two")]
+        assert tokenizer.encode_texts([(False, first), (True, "two")]).tolist() == expected
+
+
 def test_an_unknown_character_is_named_and_a_way_out_is_given():
     message = (
         r"'☃' \(U\+2603\) is not among the 3 characters of the training text; to allow any, prepare and train with "
