@@ -40,7 +40,7 @@ from support.checkpoint import lock, write_json
 from support.dataset import DATA
 from support.pretrained import load_pretrained_tokenizer, optional
 from support.settings import UserError, one_line_errors, read_settings, setting
-from support.tokenizer import LEARNED, ByteTokenizer, load_tokenizer, train_bpe
+from support.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
 
 CHUNK_CHARS = 1 << 20  # read at a time: memory stays a small multiple of it
 AHEAD = 2 * (os.cpu_count() or 1)  # batches of half as much that wait for a thread
@@ -175,17 +175,17 @@ def read_all(sources, doing):
 
 def survey(sources: list[Source], tokenizer: str) -> tuple[int, ByteTokenizer | None]:
     """Read all text once. Returns its number of characters and, if the tokenizer is made of the text, the tokenizer."""
-    n_chars, units, sample, room = 0, set(), [], SAMPLE_CHARS
+    n_chars, chars, sample, room = 0, set(), [], SAMPLE_CHARS
     stride = 1 + sum(source.size for source in sources) // SAMPLE_CHARS
     for i, (_, text) in enumerate(read_all(sources, "reading")):
         n_chars += len(text)
-        if tokenizer in LEARNED:
-            units.update(LEARNED[tokenizer].split(text))
+        if tokenizer == "char":
+            chars.update(text)
         elif tokenizer.startswith("bpe:") and i % stride == 0:  # evenly spread
             sample.append(text[:room])
             room -= len(sample[-1])
-    if tokenizer in LEARNED:
-        return n_chars, LEARNED[tokenizer](sorted(units))
+    if tokenizer == "char":
+        return n_chars, CharTokenizer(sorted(chars))
     return n_chars, train_bpe(sample, int(tokenizer[4:])) if tokenizer.startswith("bpe:") else None
 
 
@@ -222,7 +222,7 @@ class TokenFile:
 
 def open_tokenizer(name: str) -> ByteTokenizer | None:
     """The tokenizer called name, or that of a model's folder; None for one that is made of the text."""
-    if name in LEARNED or (re.fullmatch(r"bpe:\d+", name) and int(name[4:]) > 256):
+    if name == "char" or (re.fullmatch(r"bpe:\d+", name) and int(name[4:]) > 256):
         return None
     if not (file := Path(name) / "tokenizer.json").is_file():
         return load_tokenizer({"tokenizer": name})

@@ -169,10 +169,8 @@ def read_prompt(s: Settings, tokenizer: ByteTokenizer) -> str:
         try:
             with open(0 if s.prompt_file == "-" else s.prompt_file, encoding="utf-8", newline="") as file:
                 prompt = file.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{s.prompt_file} is not UTF-8 text: invalid byte at offset {error.start}") from error
-        except OSError as error:
-            raise UserError(f"can't read the prompt: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"can't read the prompt in {s.prompt_file}: {error}") from error
     elif prompt is None:  # a character tokenizer may lack the new line
         prompt = "\n" if "\n" in getattr(tokenizer, "chars", "\n") else tokenizer.decode([0])
     if not prompt:

@@ -30,8 +30,6 @@ from support.runtime import Ranks, advice, best_dtype, choose_kernels, compile_n
 from support.settings import UserError, command_line, one_line_errors, setting
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
-OPTIMIZERS, DTYPES = ("adamw", "muon"), ("auto", "float32", "bfloat16", "float16")
-BACKENDS = ("auto", "nccl", "gloo")
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Settings:
     dropout: float = setting(0.0, "share of activations set to zero: 0.1 or more for little data", 0.0, 0.99)
     bias: bool = setting(False, "biases in Linear and LayerNorm layers, as in GPT-2")
     # optimiser
-    optimizer: str = setting("adamw", "muon is for the blocks' matrices, with adamw for the rest", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)
     max_iters: int = setting(600_000, "steps to train for", 1)
     weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and norms", 0.0)
@@ -73,11 +71,11 @@ class Settings:
     log_interval: int = setting(10, "steps between log lines", 1)
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best available")
-    dtype: str = setting("auto", "number type of matrix products", choices=DTYPES)
+    dtype: str = setting("auto", "number type of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = setting(True, "torch.compile the model: slow to start, then faster")
     activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     deterministic: bool = setting(False, "the same bits in every run, even where that is slower")
-    backend: str = setting("auto", "of torch.distributed: auto is nccl on GPUs, else gloo", choices=BACKENDS)
+    backend: str = setting("auto", "of torch.distributed; auto is nccl on GPUs", choices=("auto", "nccl", "gloo"))
     timeout: int = setting(600, "seconds that a rank waits for another", 1)
 
     def __post_init__(self):
@@ -287,7 +285,7 @@ def main(s: Settings) -> None:
                 "step": step,
                 "best_val_loss": best_val_loss,
                 "worse_evals": worse_evals,
-                "seconds": run.seconds(),
+                "seconds": time.perf_counter() - run.start_time,
                 "config": asdict(s),
                 "init_from": init_from,
                 "model_args": asdict(model.config),

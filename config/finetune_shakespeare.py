@@ -6,9 +6,7 @@ init_from = "gpt2"  # needs the packages huggingface_hub and safetensors, and th
 dataset = "shakespeare_gpt2"
 
 # 32 x 1,024 tokens per step: ten steps read the 300,000 tokens of the text once
-batch_size = 1
-gradient_accumulation_steps = 32
-block_size = 1024
+batch_size, gradient_accumulation_steps, block_size = 1, 32, 1024
 dropout = 0.1
 
 # The weights are good already: small steps of one size, and early stopping before it learns by heart

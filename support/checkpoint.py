@@ -20,7 +20,6 @@ NO_WEIGHTS = ("auto", "resume", "scratch")  # init_from where a run begins with 
 FORMATS = {"loss": "loss {:7.4f}", "lr": "lr {:.2e}", "grad_norm": "grad norm {:7.3f}"}  # of what log prints
 FORMATS |= {"tokens_per_sec": "{:>9,.0f} tok/s", "mfu": "MFU {:.1%}", "val_loss": "validation loss {:.4f}"}
 FORMATS |= {"perplexity": "perplexity {:.2f}", "bits_per_byte": "{:.3f} bits per byte"}
-NEEDED = {"model", "model_args", "tokenizer", "step"}  # what a checkpoint must have to be sampled from
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -73,7 +72,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
                 if damaged := archive.testzip():  # torch.load does not look
                     raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if missing := NEEDED - state.keys():
+        if missing := {"model", "model_args", "tokenizer", "step"} - state.keys():
             raise KeyError(*missing)
         return state
     except FileNotFoundError as error:
@@ -97,8 +96,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path:
     wanted, found = ({name: list(p.shape) for name, p in state.items()} for state in (model.state_dict(), weights))
     for name in wanted.keys() | found.keys():
         if wanted.get(name) != found.get(name):
-            here, there = (shapes.get(name, "missing") for shapes in (wanted, found))
-            raise UserError(f"{path} is of another model: {name} is {there} there and {here} here")
+            raise UserError(f"{path} is of another model: {name} is {found.get(name)} there, {wanted.get(name)} here")
     model.load_state_dict(weights)
 
 
@@ -142,10 +140,8 @@ class Run:
             advice = f"use the dataset it was trained on or another --out_dir, or delete {self.folder} to start over"
             raise UserError(f"{self.last} was {texts}: {advice}")
         saved, names = state["config"] | {"init_from": state["init_from"]}, ["optimizer", "block_size"]
-        if state["init_from"] in NO_WEIGHTS:  # weights bring the other sizes
-            names += ["n_layer", "n_head", "n_embd", "bias"]
-        if settings["init_from"] not in NO_WEIGHTS:
-            names += ["init_from"]
+        names += ["n_layer", "n_head", "n_embd", "bias"] * (state["init_from"] in NO_WEIGHTS)  # else weights bring them
+        names += ["init_from"] * (settings["init_from"] not in NO_WEIGHTS)
         if different := [name for name in names if saved[name] != settings[name]]:
             changes = ", ".join(f"{name} {saved[name]}, not {settings[name]}" for name in different)
             flags = " ".join(f"--{name}={saved[name]}" for name in different)
@@ -170,10 +166,6 @@ class Run:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"can't write to {self.folder}, or its metrics are damaged: {error}") from error
 
-    def seconds(self) -> float:
-        """How long the run has taken, previous sessions included."""
-        return time.perf_counter() - self.start_time
-
     def log(self, step: int, max_iters: int, note: str = "", **values: float | None) -> None:
         """Print values, and append them to metrics.jsonl; JSON has no NaN, so that is null."""
         parts = [form.format(values[key]) for key, form in FORMATS.items() if values.get(key) is not None]
@@ -182,7 +174,7 @@ class Run:
         if not self.writes:
             return
         record = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        record = {"step": step} | record | {"seconds": self.seconds()}
+        record = {"step": step} | record | {"seconds": time.perf_counter() - self.start_time}
         size = self.metrics.stat().st_size
         try:
             with self.metrics.open("a", encoding="utf-8", newline="\n") as file:

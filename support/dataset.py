@@ -35,7 +35,7 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
         except Exception as error:  # it may hold anything
             raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():
-        raise UserError(f"{folder / 'meta.pkl'} is a pickle and is not opened: prepare {folder / 'input.txt'} again")
+        raise UserError(f"{folder / 'meta.pkl'} is a pickle, which is not opened: prepare the text itself again")
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     splits = []
     for split in ("train", "val"):

@@ -96,9 +96,7 @@ class CompiledReader:
     def __call__(self, idx: torch.Tensor, cache: KVCache):
         if idx.size(1) > 1:
             return self.model(idx, cache=cache)
-        if cache not in self.caches:
-            self.caches[cache] = StaticKVCache(cache)
-        static = self.caches[cache]
+        static = self.caches.get(cache) or self.caches.setdefault(cache, StaticKVCache(cache))
         static.positions.fill_(cache.length)
         cache.length += 1
         return self.step(idx.clone(), cache=static)

@@ -39,16 +39,12 @@ class Muon(torch.optim.AdamW):
     groups: dicts of "params" and the settings that differ from the defaults, as for AdamW. A group with "splits": n > 0
     gets Muon: each parameter is n matrices on top of each other, as Q, K and V are, and the "momentum" (0.95) of each
     matrix is made orthogonal by itself. These updates are scaled to the size of AdamW's (Liu et al. 2025, equation 4),
-    so that both rules can share a learning rate. Raises ValueError for a parameter that can't be split.
+    so that both rules can share a learning rate.
     """
 
     def __init__(self, groups: Iterable[dict], **settings):
         groups = [{"splits": 0, "momentum": 0.95} | group for group in groups]
-        # fused, so that a GradScaler leaves skipping to the optimiser
-        super().__init__(groups, **({"fused": True} | settings))
-        for p, n in ((p, group["splits"]) for group in self.param_groups for p in group["params"] if group["splits"]):
-            if p.dim() != 2 or p.size(0) % n:
-                raise ValueError(f"a parameter of {tuple(p.shape)} can't be split into {n} matrices")
+        super().__init__(groups, **({"fused": True} | settings))  # so that a GradScaler leaves skipping to it
 
     @torch.no_grad()
     def step(self) -> None:

@@ -26,15 +26,10 @@ HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors")
 SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # which GPTConfig and config.json call the same
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-ARCHITECTURE = {  # what MiniGPT is, in the names of transformers' GPT2Config, whose defaults these are
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
+# What MiniGPT is, in the names of transformers' GPT2Config, whose defaults these are
+ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+ARCHITECTURE |= dict.fromkeys(("scale_attn_weights", "tie_word_embeddings"), True)
+ARCHITECTURE |= dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,6 +152,8 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
     config.json is written last: without it a folder is not a model's. Raises UserError where writing fails.
     """
     save_file, config, folder = optional("safetensors.torch").save_file, model.config, Path(folder)
+    if tokenizer and tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(f"a tokenizer of {tokenizer.vocab_size} tokens for a model of {config.vocab_size}")
     weights = {}
     for name, p in model.named_parameters():
         weights[f"transformer.{name}"] = as_in_file(name, p, config).cpu().contiguous()

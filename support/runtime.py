@@ -113,9 +113,8 @@ class Ranks:
 
     def mfu(self, model: MiniGPT, tokens_per_sec: float) -> float | None:
         """The share of the devices' peak that training uses; None where the peak is not known."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        words = f" {name.replace('-', ' ')} "
-        peak = next((tflops for key, tflops in PEAK.items() if f" {key} " in words), None)
+        name = torch.cuda.get_device_name(self.device).replace("-", " ") if self.device.type == "cuda" else ""
+        peak = next((tflops for key, tflops in PEAK.items() if f" {key} " in f" {name} "), None)
         return tokens_per_sec * flops_per_token(model) / (1e12 * peak * self.size) if peak else None
 
     def maximum(self, *values: float) -> list[float]:

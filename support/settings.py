@@ -12,9 +12,7 @@ from dataclasses import field, fields
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, TypeVar, get_args
-
-T = TypeVar("T")
+from typing import Any, get_args
 
 
 class UserError(ValueError):
@@ -28,7 +26,7 @@ def setting(
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
-def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | None = None) -> T:
+def read_settings(cls: type, argv: list[str], doc: str, positional: str | None = None) -> Any:
     """Return cls, a dataclass of `setting` fields, with values from argv.
 
     `--key=value` and `--key value` set a field. Any other argument sets the field `positional` or, without one, is a
@@ -66,7 +64,7 @@ def read_settings(cls: type[T], argv: list[str], doc: str, positional: str | Non
     return cls(**(values | flags))
 
 
-def command_line(cls: type[T], doc: str, positional: str | None = None) -> T:
+def command_line(cls: type, doc: str, positional: str | None = None) -> Any:
     """read_settings from the command line of this process; a mistake there ends it."""
     with one_line_errors():
         return read_settings(cls, sys.argv[1:], doc, positional)

@@ -49,8 +49,6 @@ class ByteTokenizer:
 class CharTokenizer(ByteTokenizer):
     """Every character is a token: its id is its index in chars, which are sorted."""
 
-    split = set  # from a text to the units of which the vocabulary is made
-
     def __init__(self, chars: Iterable[str]):
         self.chars = "".join(chars)
         self.meta = {"tokenizer": "char", "chars": self.chars}
@@ -153,9 +151,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
                 heappush(heap, (-pair_counts[changed], changed))
     name, special = f"bpe:{vocab_size}", {END_OF_TEXT: len(tokens)}
     return BPETokenizer(tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special))
-
-
-LEARNED = {"char": CharTokenizer}  # made of the units of the text
 
 
 def load_tokenizer(meta: dict) -> ByteTokenizer:

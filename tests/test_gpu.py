@@ -256,7 +256,7 @@ def test_the_second_signal_ends_a_rank_at_once_but_not_torchruns_echo_of_the_fir
     handlers, ended = {}, []
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.update({number: handler}))
     monkeypatch.setattr(signal, "raise_signal", ended.append)
-    clock = iter([0.0, 0.5, 3.0])
+    clock = iter([0.0, 0.0, 0.5, 3.0])  # the first signal looks twice
     monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
     ranks = Ranks("cpu")
     ranks.size = 2

@@ -416,7 +416,7 @@ def test_a_folder_of_nanogpts_is_opened_with_its_sizes_as_counts(workdir):
     with pytest.raises(UserError, match=r"val.bin .* has a wrong size"):
         open_dataset("openwebtext")
     (folder / "meta.pkl").write_bytes(b"\x80")
-    with pytest.raises(UserError, match=r"meta.pkl is a pickle and is not opened"):
+    with pytest.raises(UserError, match=r"meta.pkl is a pickle, which is not opened"):
         open_dataset("openwebtext")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -54,10 +55,18 @@ def test_prepare_train_and_sample(run, trained):
     assert "no checkpoint nowhere" in fails(run("sample.py", "--out_dir=nowhere"))
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", *EXTRAS])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
 def test_help_lists_the_settings(run, script):
     done = run(script, "--help")
     assert done.returncode == 0 and "Settings:" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_help_lists_the_settings_of_other_jobs(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(name, run_name="__main__")
+    assert exit.value.code == 0 and "Settings:" in capsys.readouterr().out
 
 
 def test_mistakes_are_answered_before_any_work(run):

@@ -306,7 +306,7 @@ def test_nanogpts_token_files_can_be_trained_on(train, capsys):
     assert "50,257" in capsys.readouterr().out
     assert torch.load("gpt2/last.pt")["model_args"]["vocab_size"] == 50257
     (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    assert "prepare the text again" in fails(capsys, train, dataset="nanogpt", out_dir="chars")
+    assert "is not opened: prepare the text itself again" in fails(capsys, train, dataset="nanogpt", out_dir="chars")
     assert not Path("ran").exists()
 
 
