@@ -61,6 +61,7 @@ def test_help_lists_the_settings(run, script):
     assert done.returncode == 0 and "Settings:" in done.stdout, done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("name", EXTRAS)
 def test_help_lists_the_settings_of_other_jobs(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
