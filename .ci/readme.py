@@ -20,6 +20,7 @@ max_iters = 10
 """
 SKIPPED = {
     "pip install": ".ci/run does this",
+    "python -m pytest": ".ci/run does this",
     "--nproc_per_node=8": "needs eight GPUs",
     "--nanogpt": "takes minutes, and a clone of nanoGPT",
     "extras.bench": "takes minutes; tests/test_bench.py runs it",

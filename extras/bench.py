@@ -70,9 +70,9 @@ class Settings:
 
 
 def figure(values: Sequence[float], form: str = ",.1f") -> str:
-    """The median of values and their spread, NaN for a single one and marked above a fifth."""
-    spread = np.ptp(values) / np.median(values) if len(values) > 1 else np.nan
-    return f"{np.median(values):{form}} ({spread:.0%}){' (!)' if spread > 0.2 else ''}"
+    """The median of values and, of more than one, their spread, which is marked above a fifth."""
+    spread = np.ptp(values) / np.median(values)
+    return f"{np.median(values):{form}}" + (f" ({spread:.0%}){' (!)' * (spread > 0.2)}" if len(values) > 1 else "")
 
 
 def seconds(code: str, repeat: int = 0, **names: object) -> float:
