@@ -139,7 +139,8 @@ class MiniGPT(nn.Module):
         T, device, vocab_size = idx.size(1), idx.device, self.config.vocab_size
         length, longest = (T, self.config.block_size) if cache is None else (cache.length + T, cache.size)
         if length > longest:
-            raise ValueError(f"a sequence of {length} tokens is longer than block_size ({longest})")
+            name = "block_size" if longest == self.config.block_size else "the cache"
+            raise ValueError(f"a sequence of {length} tokens is longer than {name} ({longest})")
         if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             low, high = idx.aminmax()
             if low < 0 or high >= vocab_size:
@@ -151,7 +152,7 @@ class MiniGPT(nn.Module):
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
         if cache is not None:
-            x = x[:, -1:]  # what follows the others is known
+            x = x[:, -1:]  # only the last token's successor is unknown
         logits = self.head(self.ln_f(x))
         if targets is None:
             return logits, None

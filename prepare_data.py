@@ -55,7 +55,7 @@ class Settings:
     name: str = setting("", "name of the dataset: data/NAME is written")
     input: str = setting("", "your text: a file, a folder, a pattern in quotes or hf:OWNER/DATASET")
     tokenizer: str = setting("char", "char, byte, gpt2 or another of tiktoken's, bpe:4096 (learned), a model's folder")
-    val_share: float = setting(0.1, "share of the text for validation", low=0.0, high=0.9)
+    val_share: float = setting(0.1, "share of the text for validation", low=0.001, high=0.9)
 
 
 def shakespeare() -> tuple[str, str]:

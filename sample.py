@@ -130,8 +130,7 @@ def stream(
             token = logits.argmax(-1)
         else:
             probs = next_token_probs(logits, temperature, top_k, top_p)
-            # of numbers from Exp(1) / p the smallest is i with probability p_i: as torch.multinomial draws, but without
-            # its check of probs, which waits for the device
+            # argmax of p_i / Exp(1) is i with probability p_i: torch.multinomial's way, without its wait for the device
             token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
         if eos_token is not None:
             token = token.masked_fill(done, eos_token)
@@ -141,8 +140,8 @@ def stream(
             seen.scatter_(1, token[:, None], True)
         unread = token[:, None]
         yield token
-        looking = idx.device.type == "cpu" or (end - T) % 16 == 15  # seldom, as it makes the CPU wait for a GPU
-        if eos_token is not None and looking and done.all():
+        check_done = idx.device.type == "cpu" or (end - T) % 16 == 15  # seldom on a GPU, which it waits for
+        if eos_token is not None and check_done and done.all():
             return
 
 

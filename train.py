@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
-from support.checkpoint import ADVICE, NO_WEIGHTS, Run, load_weights
+from support.checkpoint import ADVICE, RANDOM_INIT, Run, load_weights
 from support.dataset import DATA, open_dataset
 from support.muon import Muon
 from support.pretrained import check_same_tokens, load_pretrained
@@ -36,7 +36,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
 class Settings:
     # the defaults train GPT-2 (124M) on half a million tokens per step
     out_dir: str = setting("out", "folder for checkpoints and metrics")
-    init_from: str = setting("auto", "auto: resume what is in out_dir, if anything; resume; scratch; gpt2; or a folder")
+    init_from: str = setting("auto", "auto (resume a run in out_dir, else scratch), resume, scratch, gpt2, or a folder")
     seed: int = setting(1337, "random seed for initial weights, batches and dropout", 0, 2**63 - 1)
     # data
     dataset: str = setting("openwebtext", "folder in data/, made by prepare_data.py")
@@ -48,7 +48,7 @@ class Settings:
     n_head: int = setting(12, "attention heads per block", 1, 10_000)
     n_embd: int = setting(768, "width, a multiple of n_head", 1, 1 << 20)
     dropout: float = setting(0.0, "share of activations set to zero: 0.1 or more for little data", 0.0, 0.99)
-    bias: bool = setting(False, "biases in Linear and LayerNorm layers, as in GPT-2")
+    bias: bool = setting(False, "give Linear and LayerNorm layers biases, as GPT-2 has")
     # optimiser
     optimizer: str = setting("adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)
@@ -67,7 +67,7 @@ class Settings:
     eval_only: bool = setting(False, "evaluate once and exit")
     patience: int = setting(0, "stop after this many evaluations without improvement, 0 for never", 0)
     save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", 0)
-    save_minutes: float = setting(10.0, "most minutes between saves", 0.0)
+    save_minutes: float = setting(10.0, "most minutes between saves, 0 to save after every step", 0.0)
     log_interval: int = setting(10, "steps between log lines", 1)
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best available")
@@ -94,8 +94,8 @@ class Settings:
 
 
 def learning_rate(step: int, s: Settings) -> float:
-    """The learning rate of the update after `step` updates: linear warm-up, then half a cosine (Loshchilov & Hutter
-    2017, equation 5) from learning_rate down to min_lr."""
+    """The learning rate of update number step, from 0: linear warm-up, then half a cosine (Loshchilov & Hutter 2017,
+    equation 5) from learning_rate down to min_lr."""
     if not s.decay_lr:
         return s.learning_rate
     if step < s.warmup_iters:
@@ -167,9 +167,9 @@ def evaluate(model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters=0, 
     batches = np.array_split(starts, math.ceil(n / batch_size))
     total = torch.zeros((), device=device)
     model.eval()
-    for first in range(0, len(batches), size):  # as many on each rank, for models that communicate
+    for first in range(0, len(batches), size):  # as many on each rank, so that a model that communicates can't hang
         batch = batches[min(first + rank, len(batches) - 1)]
-        loss = model(*to_device(load_windows(tokens, batch, model.config), device))[1]
+        _, loss = model(*to_device(load_windows(tokens, batch, model.config), device))
         if first + rank < len(batches):
             total += loss * len(batch)
     model.train()
@@ -214,31 +214,30 @@ def main(s: Settings) -> None:
     if state:
         run.check(state, meta, asdict(s))
         model = MiniGPT(GPTConfig(**(state["model_args"] | {"dropout": s.dropout})))
-    elif init_from in NO_WEIGHTS:
+    elif init_from in RANDOM_INIT:
         model = MiniGPT(GPTConfig(s.block_size, meta["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
     else:
         model = load_pretrained(init_from, s.block_size, s.dropout).train()
         check_same_tokens(init_from, model.config.vocab_size, meta)
     model.to(device)
     optimizer = make_optimizer(model, s)
-    # Keeps small float16 gradients from becoming zero (Micikevicius et al. 2018), with a scale that stays 1 for other
-    # types. It also skips a step whose gradient is not finite, which helps them all.
+    # keeps small float16 gradients above zero (Micikevicius et al. 2018), and skips steps that are not finite for all
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == "float16" else 1.0)
 
     step, best_val_loss, worse_evals, seconds = 0, math.inf, 0, 0.0
     if state:
         load_weights(model, state["model"], run.last)
-        # its moments, but the options of this command
+        # the optimiser's moments as they were; lr, betas, ... from this command
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-        scaler.load_state_dict(state["scaler"])
+        if dtype == "float16" and state["scaler"]["scale"] > 1:  # it is 1 if the run had another type
+            scaler.load_state_dict(state["scaler"])
         step, seconds, worse_evals = state["step"], state["seconds"], state["worse_evals"]
         best_val_loss = state["best_val_loss"]
     del state  # as large as the model and its optimiser
 
     tokens_per_step = ranks.size * micro_steps * rows * s.block_size
-    n_params = sum(p.numel() for p in model.parameters())
     ranks.say(
-        f"model: {n_params:,} parameters, {model.config}\n"
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}\n"
         f"data: {meta['dataset']}, from {meta['source']}\n"
         f"      {len(train_tokens):,} training tokens, vocabulary of {meta['vocab_size']:,}\n"
         f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, {micro_steps} x {rows} sequences each"
@@ -248,14 +247,14 @@ def main(s: Settings) -> None:
         ranks.say(f"to train longer raise --max_iters, to start over delete {run.folder}")
         return ranks.leave()
 
-    # what a step calls; model is what is evaluated and saved
+    # network is what a step calls, the model compiled and in DDP; model is what is evaluated and saved
     if s.activation_checkpointing:
         for layer, block in enumerate(model.h):
             model.h[layer] = checkpoint_wrapper(block)
     network = torch.compile(model) if s.compile else model
     if ranks.size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    if s.compile:
+    if s.compile and not s.eval_only:
         batch = to_device(training_batch(train_tokens, model.config, s.seed, 0, 0, rows), device)
         compile_now(network, model, batch, autocast, ranks)
 
@@ -264,7 +263,8 @@ def main(s: Settings) -> None:
     first_step = log_step = step
     log_time, not_finite, skipped = time.perf_counter(), 0, torch.zeros((), device=device)
     while True:
-        # evaluate and save, between two steps and at the end
+        # Each turn: evaluate, save and stop where due, then train one step; so the end needs no code of its own.
+        # stop is the number of a signal, or 0: all ranks agree on it, and on whether a timed save is due
         stop, overdue = ranks.maximum(ranks.signal, time.monotonic() - run.last_save > 60 * s.save_minutes)
         pause = time.perf_counter()
         finished = step >= s.max_iters
@@ -312,9 +312,9 @@ def main(s: Settings) -> None:
             syncing = ranks.size == 1 or micro_step == micro_steps - 1  # one all-reduce per step
             with nullcontext() if syncing else network.no_sync():
                 with autocast:
-                    micro_loss = network(x, y)[1] / micro_steps
-                scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+                    _, micro_loss = network(x, y)
+                scaler.scale(micro_loss / micro_steps).backward()
+            loss += micro_loss.detach() / micro_steps
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         scaler.step(optimizer)  # skipped where the gradient is not finite

@@ -10,6 +10,5 @@ n_layer, n_head, n_embd, block_size = 12, 12, 768, 1024
 batch_size = 12
 gradient_accumulation_steps = 40
 
-learning_rate, min_lr = 6e-4, 6e-5
+learning_rate = 6e-4
 max_iters = 600_000  # 300 billion tokens
-warmup_iters = 2000

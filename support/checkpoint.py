@@ -16,7 +16,7 @@ from support.runtime import Ranks
 from support.settings import UserError
 
 ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
-NO_WEIGHTS = ("auto", "resume", "scratch")  # init_from where a run begins with random weights
+RANDOM_INIT = ("auto", "resume", "scratch")  # init_from where a run begins with random weights
 FORMATS = {"loss": "loss {:7.4f}", "lr": "lr {:.2e}", "grad_norm": "grad norm {:7.3f}"}  # of what log prints
 FORMATS |= {"tokens_per_sec": "{:>9,.0f} tok/s", "mfu": "MFU {:.1%}", "val_loss": "validation loss {:.4f}"}
 FORMATS |= {"perplexity": "perplexity {:.2f}", "bits_per_byte": "{:.3f} bits per byte"}
@@ -125,7 +125,7 @@ class Run:
             if "init_from" not in state:
                 raise UserError(f"{self.last} is of an earlier version: resume it there, or give another --out_dir")
         else:
-            origin = "random weights" if init_from in NO_WEIGHTS else f"the weights of {init_from}"
+            origin = "random weights" if init_from in RANDOM_INIT else f"the weights of {init_from}"
             self.ranks.say(f"no run in {self.folder} yet: a new model with {origin}")
         step = state["step"] if state else -1
         if self.ranks.maximum(step, -step) != [step, -step]:
@@ -140,8 +140,8 @@ class Run:
             advice = f"use the dataset it was trained on or another --out_dir, or delete {self.folder} to start over"
             raise UserError(f"{self.last} was {texts}: {advice}")
         saved, names = state["config"] | {"init_from": state["init_from"]}, ["optimizer", "block_size"]
-        names += ["n_layer", "n_head", "n_embd", "bias"] * (state["init_from"] in NO_WEIGHTS)  # else weights bring them
-        names += ["init_from"] * (settings["init_from"] not in NO_WEIGHTS)
+        names += ["n_layer", "n_head", "n_embd", "bias"] * (state["init_from"] in RANDOM_INIT)  # else given
+        names += ["init_from"] * (settings["init_from"] not in RANDOM_INIT)
         if different := [name for name in names if saved[name] != settings[name]]:
             changes = ", ".join(f"{name} {saved[name]}, not {settings[name]}" for name in different)
             flags = " ".join(f"--{name}={saved[name]}" for name in different)
