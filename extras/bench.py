@@ -72,7 +72,8 @@ class Settings:
 def figure(values: Sequence[float], form: str = ",.1f") -> str:
     """The median of values and, of more than one, their spread, which is marked above a fifth."""
     spread = np.ptp(values) / np.median(values)
-    return f"{np.median(values):{form}}" + (f" ({spread:.0%}){' (!)' * (spread > 0.2)}" if len(values) > 1 else "")
+    note = f" ({spread:.0%}){' (!)' if spread > 0.2 else ''}" if len(values) > 1 else ""
+    return f"{np.median(values):{form}}{note}"
 
 
 def seconds(code: str, repeat: int = 0, **names: object) -> float:
