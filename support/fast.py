@@ -6,42 +6,43 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from model import KVCache, MiniGPT
 
 
 class PackedWeight(torch.Tensor):
-    """A weight (out, in) whose F.linear is its own `product`: (x, bias) -> x W^T + bias."""
+    """A weight whose F.linear, without a bias, is its own `product`."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is F.linear:
-            return args[1].product(args[0], *args[2:], **(kwargs or {}))
+            return args[1].product(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
 
-def fast_product(weight: torch.Tensor, rows: int) -> Callable[..., torch.Tensor]:
-    """A function (x, bias=None) -> F.linear(x, weight, bias), fastest on a CPU for x of `rows` rows."""
+def fast_product(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function x -> x W^T + bias, fastest on a CPU for x of `rows` rows. weight: (n_out, n_in)."""
     n_out, n_in = weight.shape
     if rows == 1 and weight.dtype == torch.float32:
         # F.linear reads them with one core only; as a batch of products with a part of the weights each, all do
         n_parts = math.gcd(n_out, 16)
         parts = weight.view(n_parts, -1, n_in)
 
-        def product(x, bias=None):
-            if x.numel() > n_in:  # a prompt
+        def product(x):
+            if x.shape != (1, 1, n_in):  # a prompt
                 return F.linear(x, weight, bias)
-            y = torch.bmm(parts, x.as_strided((n_parts, n_in, 1), (0, 1, n_in))).view(*x.shape[:-1], n_out)
+            y = torch.bmm(parts, x.as_strided((n_parts, n_in, 1), (0, 1, n_in))).view(1, 1, n_out)
             return y if bias is None else y + bias
 
         return product
     try:  # oneDNN reorders weights to suit its kernels: F.linear has it done again for each token
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     except (AttributeError, RuntimeError):  # a build or CPU without it
-        return lambda x, bias=None: F.linear(x, weight, bias)
-    return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 readers = WeakKeyDictionary()  # model: (what it was packed for, its fast copy)
@@ -58,10 +59,14 @@ def reader(model: MiniGPT, rows: int) -> MiniGPT:
     state = rows, [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
     if readers.get(model, (None,))[0] != state:
         fast = copy.deepcopy(model, {id(t): t for t in tensors})
-        for module in [m for m in fast.modules() if type(m) is torch.nn.Linear or m is fast.wte]:
-            weight = module.weight.detach()
-            module._parameters["weight"] = weight.as_subclass(PackedWeight)
-            module.weight.product = fast_product(weight, rows)
+        for module in fast.modules():
+            if type(module) is nn.Linear:
+                module.forward = fast_product(module.weight.detach(), module.bias, rows)
+            elif type(module) is nn.Dropout:
+                module.forward = lambda x: x
+        weight = fast.wte.weight.detach()
+        fast.wte._parameters["weight"] = weight.as_subclass(PackedWeight)
+        fast.wte.weight.product = fast_product(weight, None, rows)
         readers[model] = state, fast
     return readers[model][1]
 
