@@ -5,7 +5,6 @@ head. The modules are named as in OpenAI's released weights (wte, wpe, h, ln_1, 
 """
 
 import math
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +30,6 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
 
 class CausalSelfAttention(nn.Module):
@@ -144,8 +141,7 @@ class MiniGPT(nn.Module):
         if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             low, high = idx.aminmax()
             if low < 0 or high >= vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
+                raise ValueError(f"token ids from {low} to {high} reach outside the vocabulary (0 to {vocab_size - 1})")
 
         positions = torch.arange(T, device=device) if cache is None else cache.advance(T)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
@@ -185,7 +181,7 @@ class KVCache:
         return self.positions
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Store a layer's k and v, each (B, H, T, D), where `advance` made room.
+        """Store a layer's k and v, each (B, H, T, D), where `advance` made room; a single row goes to all rows.
 
         Returns all keys and values of the layer, (B, H, S, D), and the mask for T queries, (T, S), True where a query
         may look; None where it is the plain triangle, or a single query that may see everything.
@@ -194,11 +190,4 @@ class KVCache:
         self.keys[layer][:, :, S - T : S] = k
         self.values[layer][:, :, S - T : S] = v
         mask = torch.arange(S, device=k.device) <= self.positions[:, None] if 1 < T < S else None
-        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask
-
-    def expand(self, batch_size: int) -> "KVCache":
-        """A cache for batch_size rows that have all read what this one row has."""
-        cache = copy(self)
-        cache.keys = [key.repeat(batch_size, 1, 1, 1) for key in self.keys]
-        cache.values = [value.repeat(batch_size, 1, 1, 1) for value in self.values]
-        return cache
+        return self.keys[layer][: len(k), :, :S], self.values[layer][: len(k), :, :S], mask

@@ -38,8 +38,8 @@ import numpy as np
 
 from support.checkpoint import lock, write_json
 from support.dataset import DATA
-from support.pretrained import load_pretrained_tokenizer, optional
-from support.settings import UserError, one_line_errors, read_settings, setting
+from support.pretrained import load_pretrained_tokenizer
+from support.settings import UserError, optional, run_script, setting, user_error
 from support.tokenizer import ByteTokenizer, CharTokenizer, load_tokenizer, train_bpe
 
 CHUNK_CHARS = 1 << 20  # read at a time: memory stays a small multiple of it
@@ -61,14 +61,12 @@ class Settings:
 def shakespeare() -> tuple[str, str]:
     """(source, text) of tiny Shakespeare (Karpathy 2015), downloaded and checked."""
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    try:
+    hint = "python prepare_data.py shakespeare --input FILE takes a copy of it; python_docs needs no network"
+    with user_error("tiny Shakespeare can't be downloaded", Exception, advice=hint):  # a network fails in many ways
         with urllib.request.urlopen(url, timeout=20) as response:
             text = response.read(2_000_000)
         if hashlib.sha256(text).hexdigest() != "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed":
             raise ValueError(f"{url} has another text")
-    except Exception as error:  # as many kinds as there are ways for a network to fail
-        hint = "python prepare_data.py shakespeare --input FILE takes a copy of it; python_docs needs no network"
-        raise UserError(f"tiny Shakespeare can't be downloaded ({error}): {hint}") from error
     return url, text.decode("utf-8")
 
 
@@ -99,7 +97,7 @@ def find_sources(name: str, input: str) -> list[Source]:
 @contextmanager
 def opened(path):
     """The binary file at path, unzipped if it is gzip. Damage found while it is read is a UserError."""
-    with open(path, "rb") as raw:
+    with open(path, "rb") as raw, user_error(f"{path} is damaged", EOFError, zlib.error, gzip.BadGzipFile):
         file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw  # never in UTF-8
         try:
             yield file
@@ -107,8 +105,6 @@ def opened(path):
             offset = file.tell() - len(error.object) + error.start
             hint = f"if it is Latin-1, convert it: iconv -f latin1 -t utf-8 {path} > OUT"
             raise UserError(f"{path} is not UTF-8 text: invalid byte at offset {offset}; {hint}") from error
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_text(path):
@@ -134,25 +130,20 @@ def read_json(path):
     with opened(path) as file:
         is_array = file.peek(4).removeprefix(b"\xef\xbb\xbf").startswith(b"[")
         for number, line in enumerate([file.read()] if is_array else file, 1):
-            try:
+            problem = f'{path}, line {number}: expected JSON objects with a "text" each, one per line or in an array'
+            with user_error(problem, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 if not line.isspace():
-                    rows = json.loads(line)
-                    for row in rows if is_array else [rows]:
+                    for row in json.loads(line) if is_array else [json.loads(line)]:
                         yield True, text_of(row)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                expected = 'expected JSON objects with a "text" each, one per line or in an array'
-                raise UserError(f"{path}, line {number}: {expected} ({error!r:.200})") from error
 
 
 def read_hub(input):
     """The training split of hf:OWNER/DATASET or hf:OWNER/DATASET:CONFIG, streamed."""
     load_dataset = optional("datasets").load_dataset
     path, _, config = input.removeprefix("hf:").partition(":")
-    try:
+    with user_error(f"{input} can't be read", Exception):  # the network, a dozen file formats, a name that is not there
         for row in load_dataset(path, config or None, split="train", streaming=True):
             yield True, text_of(row)
-    except Exception as error:  # of the network, of a dozen file formats, of a name that is not there
-        raise UserError(f"{input} can't be read: {error!r:.300}") from error
 
 
 def text_of(row):
@@ -194,8 +185,7 @@ class TokenFile:
 
     def __init__(self, path, pool, encode):
         self.file, self.pool, self.encode = path.open("wb"), pool, encode
-        self.batch, self.n_chars, self.futures = [], 0, deque()
-        self.n_tokens = self.n_bytes = 0
+        self.batch, self.n_chars, self.futures, self.n_tokens, self.n_bytes = [], 0, deque(), 0, 0
 
     def add(self, starts, text):
         if text:
@@ -234,8 +224,8 @@ def open_tokenizer(name: str) -> ByteTokenizer | None:
 def prepare(name: str, input: str = "", tokenizer: str = "char", val_share: float = 0.1, workers: int = 0) -> dict:
     """Write data/name from input or the built-in text name, with `workers` threads (0: all cores). Returns its meta."""
     if not name or Path(name).name != name or not (input or name in BUILT_IN):
-        usage = f"python prepare_data.py NAME --input PATH (only {' and '.join(BUILT_IN)} need no --input)"
-        raise UserError(f"expected a plain name and a text: {usage}")
+        need = f"(only {' and '.join(BUILT_IN)} need no --input)"
+        raise UserError(f"expected a plain name and a text: python prepare_data.py NAME --input PATH {need}")
     encoder = open_tokenizer(tokenizer)  # first: it may have to be downloaded
     sources = find_sources(name, input)
     by_position = len(sources) <= MOST_FILES and not any(source.read in (read_json, read_hub) for source in sources)
@@ -286,5 +276,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(OSError):
-        main(read_settings(Settings, sys.argv[1:], __doc__, positional="name"))
+    run_script(main, Settings, __doc__, OSError, positional="name")

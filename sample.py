@@ -23,7 +23,7 @@ from support.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from support.fast import CompiledReader, reader
 from support.pretrained import load_pretrained, load_pretrained_tokenizer
 from support.runtime import best_dtype, pick_device
-from support.settings import UserError, command_line, one_line_errors, setting
+from support.settings import UserError, run_script, setting, user_error
 from support.tokenizer import ByteTokenizer, load_tokenizer
 
 
@@ -31,16 +31,12 @@ from support.tokenizer import ByteTokenizer, load_tokenizer
 class Settings:
     out_dir: str = setting("out", "the out_dir of a training run")
     checkpoint: str = setting("", "best or last, or another file in out_dir; by default best, else last")
-    init_from: str = setting(
-        "", "instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in their layout"
-    )
+    init_from: str = setting("", "instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a model's folder")
     prompt: str | None = setting(None, "text to continue, by default a new line")
     prompt_file: str = setting("", "file to read the prompt from, - for standard input")
     num_samples: int = setting(1, "texts to write, in one batch", 1)
     max_new_tokens: int = setting(500, "tokens to write", 1)
-    temperature: float = setting(
-        0.8, "below 1 more predictable, above 1 more varied, 0 always the likeliest token", 0.0
-    )
+    temperature: float = setting(0.8, "lower is more predictable, 0 always takes the likeliest token", 0.0)
     top_k: int | None = setting(None, "choose among the k likeliest tokens only", 1)
     top_p: float = setting(1.0, "choose among the likeliest tokens that together have this probability", 1e-6, 1.0)
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that are in the text already less likely", 1.0)
@@ -112,17 +108,14 @@ def stream(
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=idx.device).scatter(1, idx, True)
     done = torch.zeros(B, dtype=torch.bool, device=idx.device)
 
-    n_read = 1 if B > 1 and (idx == idx[0]).all() else B  # a prompt that all rows share is read once
-    cache = KVCache(model.config, n_read, idx.device, model.wte.weight.dtype, min(block_size, T + max_new_tokens))
-    unread = idx[:n_read, -block_size:]
+    cache = KVCache(model.config, B, idx.device, model.wte.weight.dtype, min(block_size, T + max_new_tokens))
+    n_rows = 1 if B > 1 and T > 1 and (idx == idx[0]).all() else B  # a prompt that all rows share is read once
+    unread = idx[:n_rows, -block_size:]
     for end in range(T, T + max_new_tokens):
         if cache.length + unread.size(1) > block_size:  # full: continue from the last half of the context
             cache.length = 0
             unread = text[:, max(0, end - max(1, block_size // 2)) : end]
-        logits = read(unread, cache=cache)[0][:, -1]  # (B, vocab_size)
-        if n_read < B:
-            n_read = B
-            logits, cache = logits.expand(B, -1), cache.expand(B)
+        logits = read(unread, cache=cache)[0][:, -1].expand(B, -1)  # (B, vocab_size)
         if repetition_penalty != 1.0:
             penalized = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
             logits = torch.where(seen, penalized, logits)
@@ -165,11 +158,10 @@ def read_prompt(s: Settings, tokenizer: ByteTokenizer) -> str:
         raise UserError("give --prompt or --prompt_file, not both")
     prompt = s.prompt
     if s.prompt_file:
-        try:
-            with open(0 if s.prompt_file == "-" else s.prompt_file, encoding="utf-8", newline="") as file:
-                prompt = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"can't read the prompt in {s.prompt_file}: {error}") from error
+        source = 0 if s.prompt_file == "-" else s.prompt_file
+        problem = user_error(f"can't read the prompt in {s.prompt_file}", OSError, UnicodeDecodeError)
+        with problem, open(source, encoding="utf-8", newline="") as file:
+            prompt = file.read()
     elif prompt is None:  # a character tokenizer may lack the new line
         prompt = "\n" if "\n" in getattr(tokenizer, "chars", "\n") else tokenizer.decode([0])
     if not prompt:
@@ -191,14 +183,11 @@ def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, ByteTokenize
     return model.to(device, getattr(torch, dtype)), tokenizer, f"{source}; {device.type}, {dtype}"
 
 
-@one_line_errors()
-def main(s: Settings) -> None:
-    device = pick_device(s.device)
-    model, tokenizer, source = open_model(s, device)
-    prompt = read_prompt(s, tokenizer)
+def write(model: MiniGPT, tokenizer: ByteTokenizer, s: Settings, paint=lambda text, token: text, read=None) -> int:
+    """Print the prompt and its continuations: the first as it is made, in what paint(text, token) makes of each token's
+    text. read as in `stream`. Returns the number of tokens."""
+    device, prompt = model.wte.weight.device, read_prompt(s, tokenizer)
     idx = torch.tensor([tokenizer.encode(prompt)], device=device).expand(s.num_samples, -1)
-    print(source, file=sys.stderr)
-
     eos_token = tokenizer.eos_token if s.stop_at_eos else None
     generator = torch.Generator(device).manual_seed(s.seed)
     options = (s.temperature, s.top_k, s.top_p, s.repetition_penalty, eos_token, generator)
@@ -206,23 +195,28 @@ def main(s: Settings) -> None:
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     # a character may be several tokens: the decoder holds their bytes back until it is whole
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    start = time.perf_counter()
     print(prompt, end="", flush=True)
-    steps = stream(model, idx, s.max_new_tokens, *options, CompiledReader(model) if s.compile else None)
+    steps = stream(model, idx, s.max_new_tokens, *options, read)
     while some := list(islice(steps, 1 if device.type == "cpu" else 8)):  # on a GPU one wait for eight tokens
         for tokens in torch.stack(some).tolist():
             for text, token in zip(texts, tokens, strict=True):
                 if token != eos_token:
                     text.append(token)
             if tokens[0] != eos_token:
-                print(decoder.decode(tokenizer.decode_bytes(texts[0][-1:])), end="", flush=True)
+                print(paint(decoder.decode(tokenizer.decode_bytes(tokens[:1])), tokens[0]), end="", flush=True)
     print(decoder.decode(b"", final=True))
-    seconds = time.perf_counter() - start
     for text in texts[1:]:
         print(f"---------------\n{prompt}{tokenizer.decode(text)}")
-    n_tokens = sum(map(len, texts))
-    print(f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+    return sum(map(len, texts))
+
+
+def main(s: Settings) -> None:
+    model, tokenizer, source = open_model(s, pick_device(s.device))
+    start = time.perf_counter()
+    n_tokens = write(model, tokenizer, s, read=CompiledReader(model) if s.compile else None)
+    seconds = time.perf_counter() - start
+    print(f"{source}; {n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main(command_line(Settings, __doc__))
+    run_script(main, Settings, __doc__)

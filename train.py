@@ -27,7 +27,7 @@ from support.dataset import DATA, open_dataset
 from support.muon import Muon
 from support.pretrained import check_same_tokens, load_pretrained
 from support.runtime import Ranks, advice, best_dtype, choose_kernels, compile_now
-from support.settings import UserError, command_line, one_line_errors, setting
+from support.settings import UserError, run_script, setting
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
 
@@ -178,11 +178,8 @@ def evaluate(model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters=0, 
 
 def find_dataset(name: str) -> str:
     """The dataset to train on: name, prepared if it is built in and missing, or python_docs if that fails offline."""
-    if (DATA / name / "train.bin").exists():
+    if (DATA / name / "train.bin").exists() or name not in BUILT_IN:
         return name
-    if name not in BUILT_IN:
-        command = f"python prepare_data.py {name} --input PATH"
-        raise UserError(f"no data/{name} here: {command} makes it; config/shakespeare.py needs no preparation")
     try:
         prepare(name)
         return name
@@ -193,7 +190,6 @@ def find_dataset(name: str) -> str:
         return find_dataset("python_docs")
 
 
-@one_line_errors()
 @advice()
 def main(s: Settings) -> None:
     ranks = Ranks(s.device, s.backend, s.timeout)  # one process per rank, each with a device and its share of a step
@@ -348,4 +344,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    record(main)(command_line(Settings, __doc__))  # lets torchrun say which rank failed, and why
+    record(run_script)(main, Settings, __doc__)  # lets torchrun say which rank failed, and why

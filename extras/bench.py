@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.benchmark import Timer
 
 import train
@@ -35,16 +34,14 @@ from sample import generate, load_model
 from support.dataset import open_dataset
 from support.fast import CompiledReader
 from support.runtime import best_dtype, choose_kernels, flops_per_token, pick_device
-from support.settings import UserError, command_line, one_line_errors, optional, read_settings, setting
+from support.settings import UserError, optional, read_settings, run_script, setting
 
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
     "train:char": (64, 65, 4, 4, 128, 12, 0),
     "train:baby": (256, 65, 6, 6, 384, 16, 0),
     "train:gpt2": (1024, 50304, 12, 12, 768, 1, 0),  # GPT-2's vocabulary, padded as all but transformers do
-    "train4:gpt2": (1024, 50304, 12, 12, 768, 4, 0),
     "decode:baby": (256, 65, 6, 6, 384, 1, 500),
     "decode:gpt2": (1024, 50304, 12, 12, 768, 1, 96),
-    "decode16:gpt2": (1024, 50304, 12, 12, 768, 16, 96),
 }
 RECIPE = (  # nanoGPT's for a CPU: the flags of its README, and what its config/train_shakespeare_char.py sets
     "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --gradient_accumulation_steps=1 --dropout=0.0 "
@@ -63,8 +60,6 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, ...; auto is the best available; races are on a CPU")
     dtype: str = setting("auto", "of MiniGPT's matrix products in training", choices=("auto", "float32", "bfloat16"))
     decode_dtype: str = setting("float32", "of all weights in decoding", choices=("float32", "bfloat16"))
-    compile: bool = setting(False, "torch.compile MiniGPT in training")
-    activation_checkpointing: bool = setting(False, "train MiniGPT with less memory, as train.py's setting does")
     race: str = setting("", "instead of the table, train MiniGPT against nanoGPT", choices=("", "matched", "recipe"))
     flags: str = setting("", "more settings of MiniGPT's train.py in a race, such as --dtype=bfloat16")
 
@@ -86,10 +81,8 @@ def training_step(s: Settings, program: str, model: torch.nn.Module, x: torch.Te
     """A function that trains program's model one step on inputs x and targets y."""
     if program == "MiniGPT":
         optimizer = train.make_optimizer(model, train.Settings())
-        dtype, compiled = best_dtype(x.device) if s.dtype == "auto" else s.dtype, s.compile or x.is_cuda
+        dtype, compiled = best_dtype(x.device) if s.dtype == "auto" else s.dtype, x.is_cuda
         choose_kernels(x.device, dtype, x.size(1), deterministic=False)
-        if s.activation_checkpointing:
-            model.h = torch.nn.ModuleList(map(checkpoint_wrapper, model.h))
     else:
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), x.device.type)
         dtype, compiled = ("bfloat16", True) if x.is_cuda else ("float32", False)
@@ -107,8 +100,8 @@ def training_step(s: Settings, program: str, model: torch.nn.Module, x: torch.Te
     return step
 
 
-def measure(s: Settings, name: str, program: str) -> tuple[float, float]:
-    """One measurement: tokens per second, and the peak of memory in MiB, NaN where it is not known."""
+def measure(s: Settings, name: str, program: str) -> float:
+    """One measurement: tokens per second."""
     *sizes, rows, n = WORK[name]
     config, device = GPTConfig(*sizes, bias=False), pick_device(s.device)
     sys.stdout = sys.stderr  # nanoGPT says how large it is
@@ -132,11 +125,7 @@ def measure(s: Settings, name: str, program: str) -> tuple[float, float]:
             "nanoGPT": lambda: model.generate(x[:, :1], n, top_k=1),
             "transformers": lambda: model.generate(x[:, :1], max_new_tokens=n, do_sample=False),
         }[program]
-    speed = rows * (n or config.block_size) / seconds("action()", s.steps, action=action)
-    if device.type == "cuda":
-        return speed, torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")  # getrusage would also count the process that started this one
-    return speed, int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10 if status.exists() else np.nan
+    return rows * (n or config.block_size) / seconds("action()", s.steps, action=action)
 
 
 def table(s: Settings, device: torch.device, machine: str) -> None:
@@ -148,7 +137,7 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
     products = 2 * n**3 / seconds("a @ a", s.steps, a=torch.randn(n, n, device=device, dtype=getattr(torch, dtype)))
     reading = 2**30 / seconds("a.sum()", s.steps, a=torch.ones(2**28, device=device))
     print(f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n")
-    print(f"| work | program | tokens/s | of the limit | peak MiB | MiniGPT / this |\n|{' --- |' * 6}")
+    print(f"| work | program | tokens/s | of the limit | MiniGPT / this |\n|{' --- |' * 5}")
     for name in names:
         *sizes, rows, n = WORK[name]
         model = MiniGPT(GPTConfig(*sizes, bias=False)).to("meta", getattr(torch, s.decode_dtype))  # for its size
@@ -158,10 +147,9 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
         for program in [*results] * s.rounds:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 results[program].append(process.submit(measure, s, name, program).result())
-        for program in results:
-            (mine, _), (speeds, peaks) = (np.transpose(results[key]) for key in ("MiniGPT", program))
-            shares = f"{np.median(speeds) / limit:.0%} | {max(peaks):,.0f}"
-            print(f"| {name} | {program} | {figure(speeds)} | {shares} | {figure(mine / speeds, '.2f')} |", flush=True)
+        for program, speeds in results.items():
+            ratio = figure(np.divide(results["MiniGPT"], speeds), ".2f")
+            print(f"| {name} | {program} | {figure(speeds)} | {np.median(speeds) / limit:.0%} | {ratio} |", flush=True)
 
 
 def run(command: list[str], folder: str = ".") -> tuple[float, list[tuple[float, str]]]:
@@ -220,7 +208,6 @@ def race(s: Settings, device: torch.device, machine: str) -> None:
     print("different:", ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "nothing")
 
 
-@one_line_errors()
 def main(s: Settings) -> None:
     if s.nanogpt and not Path(s.nanogpt, "model.py").exists():
         raise UserError(f"no {s.nanogpt}/model.py: --nanogpt is the folder of a clone of nanoGPT")
@@ -233,4 +220,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line(Settings, __doc__))
+    run_script(main, Settings, __doc__)

@@ -9,19 +9,17 @@ first and a thousandth later. A layer that stands out by a factor of ten is wher
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import count
 from unittest.mock import patch
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import train
 from model import MiniGPT
 from support.dataset import open_dataset
-from support.settings import command_line
+from support.settings import run_script
 
 STATISTICS = ("activation", "gradient", "weight", "update")
 
@@ -31,42 +29,35 @@ def root_mean_square(tensors: Iterable[torch.Tensor]) -> float:
     return (sum(t.square().sum() for t in tensors) / max(1, sum(t.numel() for t in tensors))).sqrt().item()
 
 
-@contextmanager
-def watching(model_class: type, show: Callable[[int, dict[str, dict[str, float]]], None]) -> Iterator[None]:
-    """While this is open, call show(step, {layer: {statistic: value}}) after each step of any optimiser that trains a
-    model of model_class."""
-    activations, before, model, step = {}, {}, None, 0
+def watch(model: MiniGPT, optimizer: torch.optim.Optimizer, show: Callable) -> None:
+    """From now on call show(step, {layer: {statistic: value}}) after each step of optimizer, which trains model."""
+    layers = {"embedding": model.drop} | {f"h.{i}": block for i, block in enumerate(model.h)} | {"ln_f": model.ln_f}
+    parameters = {name: list(layer.parameters()) for name, layer in layers.items()}
+    parameters["embedding"] = [p for name, p in model.named_parameters() if not name.startswith(("h.", "ln_f."))]
+    activations, before, steps = {}, {}, count(1)
 
-    def after_forward(module, args, output):
-        nonlocal model, before
-        if isinstance(module, model_class):
-            model, before = module, {p: p.detach().clone() for p in module.parameters()}
-        elif isinstance(output, torch.Tensor) and module.training:
-            activations[module] = root_mean_square([output])
-
-    def after_step(optimizer, args, kwargs):
-        nonlocal step
-        step += 1
-        layers = {"embedding": model.drop} | {f"h.{i}": block for i, block in enumerate(model.h)} | {"ln_f": model.ln_f}
-        table, embedding = {}, [p for name, p in model.named_parameters() if not name.startswith(("h.", "ln_f."))]
-        for name, layer in layers.items():
-            parameters = embedding if layer is model.drop else list(layer.parameters())
+    def after_step(*_):
+        table = {}
+        for name, params in parameters.items():
             table[name] = {
-                "activation": activations.get(layer, float("nan")),
-                "gradient": root_mean_square(p.grad for p in parameters if p.grad is not None),
-                "weight": (weight := root_mean_square(parameters)),
-                "update": root_mean_square(p - before[p] for p in parameters) / max(weight, 1e-30),
+                "activation": activations[name],
+                "gradient": root_mean_square(p.grad for p in params if p.grad is not None),
+                "weight": (weight := root_mean_square(params)),
+                "update": root_mean_square(p - before[p] for p in params) / max(weight, 1e-30),
             }
-        show(step, table)
+        show(next(steps), table)
 
-    with register_module_forward_hook(after_forward), register_optimizer_step_post_hook(after_step):
-        yield
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, args, x, name=name: activations.update({name: root_mean_square([x])}))
+    optimizer.register_step_pre_hook(lambda *_: before.update({p: p.detach().clone() for p in model.parameters()}))
+    optimizer.register_step_post_hook(after_step)
 
 
 def check(s: train.Settings) -> None:
     """Overfit one batch of the dataset in s, and print the statistics of the layers at the first and the last step."""
     tokens, _, meta = open_dataset(train.find_dataset(s.dataset), s.block_size)
     n, steps = s.block_size + s.batch_size, min(s.max_iters, 200)  # batch_size windows
+    make_optimizer = train.make_optimizer
 
     def show(step, table):
         if step in (1, steps):
@@ -74,14 +65,18 @@ def check(s: train.Settings) -> None:
             for layer, row in table.items():
                 print(f"{layer:>12}" + "".join(f"{value:12.2e}" for value in row.values()))
 
+    def watched_optimizer(model, s):
+        watch(model, optimizer := make_optimizer(model, s), show)
+        return optimizer
+
     batch = tokens[:n], tokens[:n], meta | {"train_tokens": n, "val_tokens": n, "val_bytes": n}
-    one_batch = patch.object(train, "open_dataset", lambda *_: batch)
     changes = {"max_iters": steps, "lr_decay_iters": steps, "warmup_iters": steps // 10, "eval_interval": steps}
     changes |= {"gradient_accumulation_steps": 1, "dropout": 0.0, "compile": False, "eval_iters": 1, "patience": 0}
-    with tempfile.TemporaryDirectory() as folder, one_batch, watching(MiniGPT, show):
+    watching = patch.multiple(train, open_dataset=lambda *_: batch, make_optimizer=watched_optimizer)
+    with tempfile.TemporaryDirectory() as folder, watching:
         train.main(replace(s, out_dir=folder, **changes))
     print("if this loss is not near zero, look for a mistake before training on more data")
 
 
 if __name__ == "__main__":
-    check(command_line(train.Settings, __doc__))
+    run_script(check, train.Settings, __doc__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sample import load_model
 from support.checkpoint import find_checkpoint
 from support.pretrained import save_pretrained
-from support.settings import command_line, one_line_errors, setting
+from support.settings import run_script, setting
 
 
 @dataclass
@@ -19,7 +19,6 @@ class Settings:
     folder: str = setting("", "folder to write; by default OUT_DIR/pretrained")
 
 
-@one_line_errors()
 def main(s: Settings) -> None:
     path = find_checkpoint(s.out_dir, s.checkpoint)
     model, tokenizer, state = load_model(path)
@@ -29,4 +28,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line(Settings, __doc__))
+    run_script(main, Settings, __doc__)

@@ -4,12 +4,12 @@ python -m extras.look --out_dir=out/shakespeare --prompt="ROMEO:"     a text, co
 python -m extras.look --out_dir=out/shakespeare --alternatives=3      and a line per token with other likely ones
 python -m extras.look --out_dir=out/shakespeare --attention="To be, or not to be"     a picture with a map per head
 
-It takes the settings of sample.py, except --compile, and writes the same text, or the first of several.
+It takes the settings of sample.py, except --compile, and writes the same text; the first of several is coloured.
 """
 
-import codecs
 import os
 import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -23,7 +23,7 @@ from extras.plot import GRID, drawable, picture
 from model import MiniGPT
 from support.fast import reader
 from support.runtime import pick_device
-from support.settings import UserError, command_line, one_line_errors, setting
+from support.settings import UserError, run_script, setting
 from support.tokenizer import ByteTokenizer
 
 COLORS = ((0.9, 114), (0.5, 157), (0.1, 229), (0.01, 216), (0.0, 210))  # probability of at least, xterm colour
@@ -59,30 +59,22 @@ def write(model: MiniGPT, tokenizer: ByteTokenizer, s: Settings) -> None:
 
     The probabilities are the model's own: before temperature, top_k, top_p and repetition_penalty.
     """
-    prompt = sample.read_prompt(s, tokenizer)
-    idx = torch.tensor([tokenizer.encode(prompt)], device=model.wte.weight.device).expand(s.num_samples, -1)
-    eos_token = tokenizer.eos_token if s.stop_at_eos else None
-    generator = torch.Generator(idx.device).manual_seed(s.seed)
-    options = (s.temperature, s.top_k, s.top_p, s.repetition_penalty, eos_token, generator)
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # (no-color.org)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    predicted, choices = [], ["\neach token, and the likeliest others:"] if s.alternatives else []
+    predicted, choices = deque(), ["\neach token, and the likeliest others:"] if s.alternatives else []
 
     def read(idx, cache):
-        predicted.append(reader(model, s.num_samples)(idx, cache=cache)[0])
-        return predicted[-1], None
+        logits, _ = reader(model, s.num_samples)(idx, cache=cache)
+        predicted.append(logits[0, -1].float().softmax(-1))
+        return logits, None
 
-    sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-    print(prompt, end="", flush=True)
-    for tokens in sample.stream(model, idx, s.max_new_tokens, *options, read=read):
-        token, probs = tokens[0].item(), predicted.pop()[0, -1].float().softmax(-1)
-        if token == eos_token:
-            break
-        text = decoder.decode(tokenizer.decode_bytes([token]))  # a character may be several tokens
-        print(paint(text, probs[token]) if colored else text, end="", flush=True)
+    def paint_token(text, token):
+        probs = predicted.popleft()
         if s.alternatives:
             choices.append(describe_choice(probs, token, s.alternatives, tokenizer))
-    print(decoder.decode(b"", final=True), *choices, sep="\n")
+        return paint(text, probs[token]) if colored else text
+
+    sample.write(model, tokenizer, s, paint_token, read)
+    print(*choices, sep="\n", end="\n" if choices else "")
     if colored:
         print("the model's probability:", *(paint(f" from {low:.0%} ", low) for low, _ in COLORS), file=sys.stderr)
 
@@ -129,7 +121,6 @@ def draw_attention(model: MiniGPT, tokenizer: ByteTokenizer, text: str, path: Pa
         figure.colorbar(colors, location="top", shrink=0.5, aspect=50, pad=0.01, label="attention (a row sums to 1)")
 
 
-@one_line_errors()
 def main(s: Settings) -> None:
     model, tokenizer, _ = sample.open_model(s, pick_device(s.device))
     if s.attention:
@@ -141,4 +132,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line(Settings, __doc__))
+    run_script(main, Settings, __doc__)

@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from support.checkpoint import write_whole
-from support.settings import UserError, command_line, one_line_errors, optional, setting
+from support.settings import UserError, optional, run_script, setting, user_error
 
 MUTED, GRID = "#6b7280", "#e5e7eb"
 COLORS = ("#1d5fbf", "#d9640f")  # of the runs; also told apart without seeing red or green
 STYLE = {"axes.grid": True, "grid.color": GRID, "axes.edgecolor": GRID, "xtick.color": MUTED, "ytick.color": MUTED}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid.which": "both"}
-STYLE |= {"text.parse_math": False}  # a $ is a $
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid.which": "both", "text.parse_math": False}
 
 
 @dataclass
@@ -38,11 +37,10 @@ def read_metrics(out_dir: str | Path) -> list[dict[str, float]]:
     path, records = Path(out_dir, "metrics.jsonl"), []
     text = path.read_bytes() if path.is_file() else b""
     for line in text[: text.rfind(b"\n") + 1].splitlines():
-        try:
+        problem = f"{path} has a line that is not one of metrics: {line[:60]!r}"
+        with user_error(problem, ValueError, TypeError, KeyError, AttributeError, OverflowError):
             record = {key: float(value) for key, value in json.loads(line).items() if value is not None}
             records.append(record | {"step": int(record["step"]), "seconds": record["seconds"]})
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise UserError(f"{path} has a line that is not one of metrics: {line[:60]!r}") from error
     if not records:
         raise UserError(f"no metrics in {path}: train first, or give another out_dir")
     return records
@@ -63,12 +61,10 @@ def picture(path: Path, width: float, height: float) -> Iterator:
     with optional("matplotlib").rc_context(STYLE):
         figure = new_figure(figsize=(width, height), layout="constrained")
         yield figure
-        try:
+        with user_error(f"can't write {path}", OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)
             dpi = min(140, 10_000 / max(width, height))
             write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi, bbox_inches="tight"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"can't write {path}: {error}") from error
 
 
 def drawable(text: str) -> str:
@@ -115,10 +111,9 @@ def draw_run(out_dir: str | Path, compare: str | Path = "", file: str | Path = "
     return path
 
 
-@one_line_errors(OSError)
 def main(s: Settings) -> None:
     print(draw_run(s.out_dir, s.compare, s.file))
 
 
 if __name__ == "__main__":
-    main(command_line(Settings, __doc__))
+    run_script(main, Settings, __doc__, OSError)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extras.plot import read_metrics
-from support.settings import command_line, one_line_errors, optional, setting
+from support.settings import optional, run_script, setting
 
 
 @dataclass
@@ -18,7 +18,6 @@ class Settings:
     follow: bool = setting(True, "write also what is still to come, until Ctrl-C")
 
 
-@one_line_errors(OSError)
 def main(s: Settings) -> None:
     optional("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
@@ -40,4 +39,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(command_line(Settings, __doc__))
+    run_script(main, Settings, __doc__, OSError)

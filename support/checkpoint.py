@@ -7,13 +7,14 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import torch
 
 from support.runtime import Ranks
-from support.settings import UserError
+from support.settings import UserError, user_error
 
 ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
 RANDOM_INIT = ("auto", "resume", "scratch")  # init_from where a run begins with random weights
@@ -41,11 +42,11 @@ def write_json(path: Path, value: object) -> None:
 
 def lock(path: Path) -> TextIO:
     """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
-    try:
+    with user_error(f"can't write to {path.parent}", OSError):
         file = path.open("a")
-    except OSError as error:
-        raise UserError(f"can't write to {path.parent}: {error}") from error
-    try:
+    problem, held = f"another process is writing to {path.parent}", (BlockingIOError, PermissionError)
+    # a file system without locks raises other OSErrors
+    with suppress(OSError), user_error(problem, *held, advice="wait for it, or write elsewhere"):
         if os.name == "nt":
             import msvcrt
 
@@ -54,10 +55,6 @@ def lock(path: Path) -> TextIO:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise UserError(f"another process is writing to {path.parent}: wait for it, or write elsewhere") from error
-    except OSError:  # a file system without locks
-        pass
     return file
 
 
@@ -72,9 +69,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
                 if damaged := archive.testzip():  # torch.load does not look
                     raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if missing := {"model", "model_args", "tokenizer", "step"} - state.keys():
-            raise KeyError(*missing)
-        return state
+        return state | {key: state[key] for key in ("model", "model_args", "tokenizer", "step")}  # it has these
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train first, or give another --out_dir") from error
     except Exception as error:  # damage can show as any
@@ -154,17 +149,15 @@ class Run:
         self.start_time = time.perf_counter() - seconds
         if not self.writes:
             return
-        try:
+        with user_error(f"can't write to {self.folder}", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = self.lock or lock(self.folder / "lock")
-            kept = []
+        self.lock, kept = self.lock or lock(self.folder / "lock"), []
+        with user_error(f"{self.metrics} is damaged", OSError, ValueError, TypeError, KeyError):
             for line in self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []:
                 if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                     break
                 kept.append(line)
             write_whole(self.metrics, lambda file: file.write(b"".join(kept)))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"can't write to {self.folder}, or its metrics are damaged: {error}") from error
 
     def log(self, step: int, max_iters: int, note: str = "", **values: float | None) -> None:
         """Print values, and append them to metrics.jsonl; JSON has no NaN, so that is null."""

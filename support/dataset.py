@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.settings import UserError
+from support.settings import UserError, user_error
 from support.tokenizer import load_tokenizer
 
 DATA = Path("data")
@@ -22,18 +22,17 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
     """
     folder = DATA / name
     if Path(name).name != name or not folder.is_dir():
-        raise UserError(f"no dataset {folder}: python prepare_data.py NAME --input PATH makes one")
+        command = f"python prepare_data.py {name or 'NAME'} --input PATH"
+        raise UserError(f"no {folder} here: {command} makes it; config/shakespeare.py needs no preparation")
     if (folder / "partial" / "meta.json").exists():
         raise UserError(f"an interruption left {folder} half replaced: prepare the dataset again")
     meta = dict(dataset=name, source=f"nanoGPT's {folder}", tokenizer="gpt2", vocab_size=50257, dtype="uint16")
     if (path := folder / "meta.json").exists():
-        try:
+        with user_error(f"{path} is damaged", Exception, advice="prepare the dataset again"):  # it may hold anything
             meta = json.loads(path.read_text(encoding="utf-8")) | {"dataset": name}
             same_size = meta["vocab_size"] == load_tokenizer(meta).vocab_size
             if not (same_size and meta["dtype"] in ("uint16", "uint32") and meta["val_bytes"] > 0 and meta["source"]):
                 raise ValueError("its entries do not agree")
-        except Exception as error:  # it may hold anything
-            raise UserError(f"{path} is damaged ({error}): prepare the dataset again") from error
     elif (folder / "meta.pkl").exists():
         raise UserError(f"{folder / 'meta.pkl'} is a pickle, which is not opened: prepare the text itself again")
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")

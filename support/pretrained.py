@@ -6,6 +6,7 @@ tokenizer_config.json. MiniGPT's parameters have the released names, but GPT-2's
 """
 
 import json
+import operator
 import re
 import shutil
 from contextlib import suppress
@@ -19,12 +20,12 @@ import torch
 
 from model import GPTConfig, MiniGPT
 from support.checkpoint import write_json
-from support.settings import UserError, optional
+from support.settings import UserError, optional, user_error
 from support.tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer, load_tokenizer
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "model.safetensors")
-SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # which GPTConfig and config.json call the same
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # as GPTConfig and config.json call them, in GPTConfig's order
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # What MiniGPT is, in the names of transformers' GPT2Config, whose defaults these are
 ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
@@ -33,10 +34,8 @@ ARCHITECTURE |= dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_att
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
+    with user_error(f"{path} can't be read", OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
 
 
 def open_folder(name_or_path: str | Path) -> tuple[Path, GPTConfig]:
@@ -45,21 +44,17 @@ def open_folder(name_or_path: str | Path) -> tuple[Path, GPTConfig]:
     folder = Path(name_or_path)
     if name_or_path in HUB and not folder.is_dir():
         hub = optional("huggingface_hub")
-        try:
+        with user_error(f"{name_or_path} can't be downloaded", Exception, advice="give a folder"):
             folder = Path(hub.snapshot_download(f"openai-community/{name_or_path}", allow_patterns=list(FILES)))
-        except Exception as error:  # a network fails in many ways
-            raise UserError(f"{name_or_path} can't be downloaded ({type(error).__name__}): give a folder") from error
     if not (folder / "config.json").is_file():
         raise UserError(f"no {folder / 'config.json'}: expected {', '.join(HUB)}, or a folder with it and the weights")
     hf_config = read_json(folder / "config.json")
-    sizes = {name: hf_config.get(name) for name in ("n_positions", *SIZES)}
-    if any(type(size) is not int or size < 1 for size in sizes.values()) or sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(f"{folder / 'config.json'} has sizes that no GPT-2 can have: {sizes}")
-    same = {"gelu_new": "gelu_pytorch_tanh"}  # two names of a formula
-    for name, value in {**ARCHITECTURE, "n_inner": 4 * sizes["n_embd"]}.items():
-        if hf_config.get(name) not in (None, value, same.get(value)):
+    with user_error(f"{folder / 'config.json'} has sizes that no GPT-2 can have", KeyError, TypeError, ValueError):
+        config = GPTConfig(*(operator.index(hf_config[name]) for name in ("n_positions", *SIZES)), bias=True)
+    for name, value in {**ARCHITECTURE, "n_inner": 4 * config.n_embd}.items():
+        if hf_config.get(name) not in (None, value, {"gelu_new": "gelu_pytorch_tanh"}.get(value)):  # the same formula
             raise UserError(f"{folder} is of another architecture: {name} {hf_config[name]!r}, not {value!r}")
-    return folder, GPTConfig(block_size=sizes.pop("n_positions"), **sizes, bias=True)
+    return folder, config
 
 
 def open_weights(folder: Path, config: GPTConfig) -> dict[str, Any]:
@@ -74,13 +69,11 @@ def open_weights(folder: Path, config: GPTConfig) -> dict[str, Any]:
         if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
             raise UserError(f"{index} does not name files in its folder")
     for name in set(shards.values()):
-        try:
+        with user_error(f"{folder / name} can't be read", OSError, safetensors.SafetensorError):
             file = safetensors.safe_open(folder / name, framework="pt")
             for key in file.keys():  # noqa: SIM118
                 if not key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal masks in older files
                     weights[key.removeprefix("transformer.")] = file.get_slice(key)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / name} can't be read: {error}") from error
     # Compared before a model is built, which would be as large as config.json says.
     expected = {"wte.weight": [config.vocab_size, config.n_embd], "wpe.weight": [config.block_size, config.n_embd]}
     found, last = {name: weights[name].get_shape() for name in expected if name in weights}, f"h.{config.n_layer - 1}."
@@ -171,7 +164,7 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
         options |= {} if eos_token is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
         options["clean_up_tokenization_spaces"] = False
         contents = {"tokenizer.json": to_fast(tokenizer), "tokenizer_config.json": options} | contents
-    try:
+    with user_error(f"{folder} can't be written", OSError, optional("safetensors").SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
@@ -179,8 +172,6 @@ def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer
         for name, content in contents.items():
             write_json(folder / name, content)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it the owner's only
-    except (OSError, optional("safetensors").SafetensorError) as error:
-        raise UserError(f"{folder} can't be written: {error}") from error
 
 
 # Tokenizers, as the tokenizer.json of the package tokenizers. There a byte is written as a character: those that are

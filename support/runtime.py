@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from model import MiniGPT
-from support.settings import UserError
+from support.settings import UserError, user_error
 
 # dense bfloat16 TFLOP/s by the makers' data sheets, by the first words that are in the device's name
 PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
@@ -22,15 +22,13 @@ def pick_device(name: str) -> torch.device:
     """The torch.device called name; "auto" is a GPU if there is one: cuda, else mps, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with user_error(f"--device={name} can't be used here", RuntimeError, AssertionError):  # unknown, or not there
         device = torch.device(name)
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:  # unknown, not compiled in, or not there
-        raise UserError(f"--device={name} can't be used here: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -163,10 +161,8 @@ def join(backend: str, device: torch.device, timeout: timedelta) -> None:
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set(f"word/{rank}", os.urandom(8).hex())
-    deadline, attempt = time.monotonic() + timeout.total_seconds(), None
+    attempt = None
     while attempt is None or any(store.get(f"seen/{r}") != attempt for r in range(size)):
-        if time.monotonic() > deadline:
-            raise UserError("timed out waiting for the other ranks to start")
         time.sleep(0.02 if attempt else 0)
         attempt = b"".join(store.get(f"word/{r}") for r in range(size))
         store.set(f"seen/{rank}", attempt.decode())

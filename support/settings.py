@@ -2,12 +2,14 @@
 
 import ast
 import difflib
+import errno
 import math
 import os
+import re
 import runpy
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from importlib import import_module
 from pathlib import Path
@@ -19,9 +21,7 @@ class UserError(ValueError):
     """A mistake that the user can put right; the message says how."""
 
 
-def setting(
-    default: Any, help: str, low: float = -math.inf, high: float = math.inf, choices: tuple[str, ...] | None = None
-) -> Any:
+def setting(default: Any, help: str, low: float = -math.inf, high: float = math.inf, choices: tuple = ()) -> Any:
     """A dataclass field with its meaning and its allowed values: low to high, or one of choices."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
@@ -64,10 +64,10 @@ def read_settings(cls: type, argv: list[str], doc: str, positional: str | None =
     return cls(**(values | flags))
 
 
-def command_line(cls: type, doc: str, positional: str | None = None) -> Any:
-    """read_settings from the command line of this process; a mistake there ends it."""
-    with one_line_errors():
-        return read_settings(cls, sys.argv[1:], doc, positional)
+def run_script(main: Callable, cls: type, doc: str, *kinds: type[Exception], positional: str | None = None) -> None:
+    """Call main with the settings of this process's command line, under one_line_errors of kinds."""
+    with one_line_errors(*kinds):
+        main(read_settings(cls, sys.argv[1:], doc, positional))
 
 
 @contextmanager
@@ -75,7 +75,9 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Report a UserError, or another of kinds, in one line on stderr and end with exit status 2."""
     try:
         yield
-    except (UserError, *kinds) as error:
+    except (UserError, OSError, *kinds) as error:
+        if not isinstance(error, (UserError, *kinds)) and error.errno != errno.ENAMETOOLONG:
+            raise
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
         print(f"error: {rank}{error}", file=sys.stderr)
         sys.exit(2)
@@ -83,12 +85,20 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(130)
 
 
+@contextmanager
+def user_error(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Turn an exception of kinds into a UserError: problem (first line of the exception): advice."""
+    try:
+        yield
+    except kinds as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{problem} ({reason})" + (f": {advice}" if advice else "")) from error
+
+
 def optional(package: str) -> ModuleType:
     """The package, imported. Raises UserError where it is not installed."""
-    try:
+    with user_error("this needs a package", ImportError, advice=f"pip install {package.split('.')[0]}"):
         return import_module(package)
-    except ImportError as error:
-        raise UserError(f"this needs a package: pip install {package.split('.')[0]}") from error
 
 
 def _run_config(path, known, values):
@@ -105,10 +115,9 @@ def _run_config(path, known, values):
 def _parse(f, text):
     if str in (f.type, *get_args(f.type)):
         return text
-    try:
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text  # of the wrong type, so that _check says what was expected
+    return text  # of the wrong type, so that _check says what was expected
 
 
 def _check(f, value, where):
@@ -116,7 +125,7 @@ def _check(f, value, where):
     kind, *optional = get_args(f.type) or [f.type]  # int | None is (int, NoneType)
     if kind is float and type(value) is int:
         value = float(value)
-    good = type(value) is kind and (choices is None or value in choices)
+    good = type(value) is kind and (not choices or value in choices)
     if kind in (int, float):
         good = good and low <= value <= high and math.isfinite(value)
     if good or (optional and value is None):
@@ -134,5 +143,5 @@ def _suggest(key, known):
     key = key.strip("-").replace("-", "_").lower()
     near = difflib.get_close_matches(key, known, n=1)
     near += [n for n in known if n.startswith(key) or key == "".join(word[0] for word in n.split("_"))]
-    near += [n for n, f in known.items() if key in f.metadata["help"].replace(":", "").split()]
+    near += [n for n, f in known.items() if key in re.findall(r"\w+", f.metadata["help"])]
     return f"; did you mean --{near[0]}?" if near else "; --help lists them all"

@@ -14,7 +14,7 @@ import numpy as np
 import regex  # a requirement of tiktoken
 import tiktoken
 
-from support.settings import UserError
+from support.settings import UserError, user_error
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pieces (Radford et al. 2019), inside which bytes are merged: 's, words and numbers with the space before
@@ -119,8 +119,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     heap = sorted((-n, pair) for pair, n in pair_counts.items())
     while len(tokens) < vocab_size - 1:
         if not heap:
-            size = len(tokens) + 1
-            raise UserError(f"the text has pairs for only {size} tokens: give more text or --tokenizer=bpe:{size}")
+            raise UserError(f"the text has pairs for only {len(tokens) + 1} tokens: give more text, or a smaller bpe:N")
         count, pair = heappop(heap)
         if -count != pair_counts[pair]:  # outdated: put it back with the current count
             if pair_counts[pair] > 0:
@@ -163,14 +162,11 @@ def load_tokenizer(meta: dict) -> ByteTokenizer:
     if name == "byte":
         return ByteTokenizer()
     if "ranks" in meta:
-        ranks = (line.split() for line in meta["ranks"].split("\n"))
-        ranks = {base64.b64decode(token): int(rank) for token, rank in ranks}
+        ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, meta["ranks"].split("\n"))}
         pattern, special = meta["pattern"], meta["special_tokens"]
         return BPETokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
     if name not in (known := tiktoken.list_encoding_names()):
         raise UserError(f"no tokenizer {name}: expected char, byte, bpe:N (N > 256), {', '.join(known)} or a folder")
-    try:
+    advice = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte"
+    with user_error(f"the vocabulary of {name} can't be downloaded", Exception, advice=advice):
         return BPETokenizer(tiktoken.get_encoding(name))
-    except Exception as error:  # requests' and urllib3's many, or a damaged file
-        advice = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte"
-        raise UserError(f"the vocabulary of {name} can't be downloaded ({type(error).__name__}): {advice}") from error

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from extras.check import STATISTICS, check, watching
+from extras.check import STATISTICS, check, watch
 from model import GPTConfig, MiniGPT
 from train import Settings
 
@@ -30,10 +30,9 @@ def test_layer_statistics_are_root_mean_squares():
     before = [p.detach().clone() for p in model.h[0].parameters()]
     returned, tables = [], []
     model.h[0].register_forward_hook(lambda module, args, x: returned.append(x))
-    with watching(MiniGPT, lambda step, table: tables.append((step, table))):
-        model(idx, idx)[1].backward()
-        optimizer.step()
-    optimizer.step()  # no longer watched
+    watch(model, optimizer, lambda step, table: tables.append((step, table)))
+    model(idx, idx)[1].backward()
+    optimizer.step()
     assert [step for step, _ in tables] == [1]
     assert list(tables[0][1]) == ["embedding", "h.0", "h.1", "ln_f"]
     gradient = torch.cat([p.grad.flatten() for p in model.h[0].parameters()])

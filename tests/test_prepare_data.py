@@ -248,7 +248,7 @@ def test_a_dataset_in_the_hubs_form_is_streamed(workdir, monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(UserError, match=r"hf:nowhere/here can't be read: ConnectionError\('no.*network'\)") as raised:
+    with pytest.raises(UserError, match=r"hf:nowhere/here can't be read \(no\)") as raised:
         prepare("hub", "hf:nowhere/here", "byte")
     assert "\n" not in str(raised.value)
 
@@ -467,7 +467,7 @@ def test_bad_rows_and_damaged_gzip_are_clear(workdir):
         (("x", "empty.txt"), "^0 training and 0 validation tokens are too few: give more text"),
         (("x", "short.txt"), "^9 training and 1 validation tokens are too few"),
         (("x", "rows.jsonl", "byte", 0.0), r"^\d+ training and 0 validation tokens .* another --val_share"),
-        (("x", "empty.txt", "bpe:4096"), "give more text or --tokenizer=bpe:257"),
+        (("x", "empty.txt", "bpe:4096"), "pairs for only 257 tokens: give more text, or a smaller bpe:N"),
         (("x", "tiny.txt", "words"), "no tokenizer words"),
         (("x", "tiny.txt", "bpe:"), r"bpe:N \(N > 256\)"),
         (("x", "tiny.txt", "bpe:256"), r"bpe:N \(N > 256\)"),

@@ -149,8 +149,8 @@ def test_a_shorter_block_size_crops_the_positions(tmp_path):
         ({"add_cross_attention": True}, "add_cross_attention True, not False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings False, not True"),
         ({"n_inner": 100}, "n_inner 100, not 128"),
-        ({"n_head": 3}, "sizes that no GPT-2 can have: .*'n_head': 3"),
-        ({"n_positions": "16"}, "sizes that no GPT-2 can have: .*'n_positions': '16'"),
+        ({"n_head": 3}, "sizes that no GPT-2 can have .*must be divisible by n_head"),
+        ({"n_positions": "16"}, "sizes that no GPT-2 can have .*'str' object"),
         ({"n_layer": 3}, r"config.json asks for .* and h\.2\.\*"),
         ({"n_layer": 1}, "only one of them has h.1.attn.c_attn.bias"),
         ({"vocab_size": 66}, r"config.json asks for .*'wte.weight': \[66, 32\]"),
@@ -285,7 +285,7 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    assert "gpt2-medium can't be downloaded (OSError)" in fails(capsys, train, init_from="gpt2-medium")
+    assert "gpt2-medium can't be downloaded (" in fails(capsys, train, init_from="gpt2-medium")
     assert not Path("out").exists()
     assert "no gpt3/config.json: expected gpt2, gpt2-medium" in fails(capsys, train, init_from="gpt3")
     reference = save_reference()
@@ -322,7 +322,7 @@ def test_an_export_that_fails_does_not_look_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("support.checkpoint.write_whole", full)
-    with pytest.raises(UserError, match=r"can't be written: .*No space left"):
+    with pytest.raises(UserError, match=r"can't be written .*No space left"):
         save_pretrained(random_model(), tmp_path)
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(UserError, match=r"no .*config.json"):
@@ -555,9 +555,8 @@ def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(train, run_to_f
         message = fails(capsys, train, dataset="other", **new)
         assert "data/other has other tokens than out/pretrained" in message and "--tokenizer=out/pretrained" in message
     save_reference("reference", vocab_size=23)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"reference has no tokenizer\.json"):
         sample.main(sample.Settings(init_from="reference"))
-    assert "reference has no tokenizer.json" in capsys.readouterr().err
     assert not Path("new").exists()
 
 

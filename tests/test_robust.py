@@ -126,6 +126,7 @@ def test_a_killed_rank_restarts_the_job_which_ends_with_the_same_bits(start, run
 
 
 @linux
+@pytest.mark.slow
 def test_two_agents_train_as_two_nodes_do(start, run):
     import socket
 
@@ -418,7 +419,8 @@ def survives(capsys, action):
     """Run action; it either works or ends with status 2 and one line that begins with error:."""
     capsys.readouterr()
     try:
-        action()
+        with one_line_errors():
+            action()
     except SystemExit as exit:
         lines = capsys.readouterr().err.splitlines()
         assert exit.code == 2
@@ -458,7 +460,6 @@ def test_mutated_inputs_end_with_one_line(train, capsys, count):
             elif kind != "command line":
                 arguments[arguments.index("--out_dir=out")] = "--out_dir=mutated"
 
-            @one_line_errors()
             def start(arguments=arguments):
                 train_module.main(read_settings(train_module.Settings, arguments, ""))
 

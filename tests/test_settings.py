@@ -9,7 +9,7 @@ from train import Settings
 @dataclass
 class Example:
     size: int = setting(4, "how large", low=1)
-    rate: float = setting(0.5, "how quick", low=0.0, high=1.0)
+    rate: float = setting(0.5, "how quick, or slow", low=0.0, high=1.0)
     name: str = setting("x", "what")
     fast: bool = setting(True, "whether")
     limit: int | None = setting(None, "how many", low=1)
@@ -105,6 +105,12 @@ def test_an_exception_of_a_config_file_is_the_users_own(tmp_path, code, kind):
     path.write_text(code, encoding="utf-8")
     with pytest.raises(kind), one_line_errors():
         read(str(path))
+
+
+def test_a_name_that_is_too_long_for_a_file_is_the_users_mistake(capsys):
+    with pytest.raises(SystemExit) as exit, one_line_errors():
+        read("9" * 300)
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: [Errno")
 
 
 def test_help_lists_every_setting_with_default_and_meaning(capsys):

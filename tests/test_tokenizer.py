@@ -115,5 +115,5 @@ def test_merges_are_those_of_the_algorithm_written_out():
 
 
 def test_too_little_text_for_a_bpe_says_what_would_do():
-    with pytest.raises(UserError, match=r"only 259 tokens: give more text or --tokenizer=bpe:259"):
+    with pytest.raises(UserError, match=r"only 259 tokens: give more text, or a smaller bpe:N"):
         train_bpe(["ab ab"], 300)
