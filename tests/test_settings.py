@@ -107,6 +107,21 @@ def test_an_exception_of_a_config_file_is_the_users_own(tmp_path, code, kind):
         read(str(path))
 
 
+@pytest.mark.parametrize(
+    "flag, meant",
+    {
+        "lr": "learning_rate",
+        "steps": "max_iters",
+        "resume": "init_from",
+        "batchsize": "batch_size",
+        "wd": "weight_decay",
+    }.items(),
+)
+def test_what_people_type_instead_is_understood(flag, meant):
+    with pytest.raises(UserError, match=f"did you mean --{meant}"):
+        read_settings(Settings, [f"--{flag}=1"], "")
+
+
 def test_a_name_that_is_too_long_for_a_file_is_the_users_mistake(capsys):
     with pytest.raises(SystemExit) as exit, one_line_errors():
         read("9" * 300)
