@@ -5,6 +5,7 @@ import sample
 from model import GPTConfig, KVCache, MiniGPT
 from sample import generate, next_token_probs
 from support.fast import CompiledReader, reader
+from support.settings import UserError, read_settings
 
 
 def model(**changes):
@@ -125,6 +126,27 @@ def test_nothing_new_can_be_asked_for_but_not_from_nothing():
     assert torch.equal(generate(gpt, idx, 0), idx)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate(gpt, idx[:, :0], 5)
+
+
+def test_a_seed_fixes_the_text_and_samples_differ(train, capsys):
+    train()
+    texts = []
+    for seed in (1, 1, 2):
+        capsys.readouterr()
+        sample.main(sample.Settings(seed=seed, num_samples=3, max_new_tokens=60, device="cpu"))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0].split("---------------\n"))) == 3
+
+
+def test_mistakes_in_sampling_are_one_line(train):
+    train()
+    with pytest.raises(UserError, match="the prompt is empty"):
+        sample.main(sample.Settings(prompt=""))
+    with pytest.raises(UserError, match=r"no checkpoint nowhere.last\.pt"):
+        sample.main(sample.Settings(out_dir="nowhere"))
+    with pytest.raises(UserError, match="top_p=0: expected a number from"):
+        read_settings(sample.Settings, ["--top_p=0"], "")
 
 
 def test_text_is_streamed_without_broken_characters(train, capsysbinary, monkeypatch):

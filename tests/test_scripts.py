@@ -45,14 +45,7 @@ def test_prepare_train_and_sample(run, trained):
     assert run(*sample, "--prompt_file=prompt.txt", "--temperature=0").stdout == done.stdout
     assert run(*sample, "--prompt_file=-", "--temperature=0", input="Whether 'tis").stdout == done.stdout
 
-    one, again, other = (run(*sample, f"--seed={seed}", "--num_samples=3").stdout for seed in (1, 1, 2))
-    assert one == again != other
-    assert len(set(one.split("---------------\n"))) == 3
-
     assert "'☃' (U+2603)" in fails(run(*sample, "--prompt=the ☃"))
-    assert "the prompt is empty" in fails(run(*sample, "--prompt="))
-    assert "top_p" in fails(run(*sample, "--top_p=0"))
-    assert "no checkpoint nowhere" in fails(run("sample.py", "--out_dir=nowhere"))
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
