@@ -54,9 +54,7 @@ def test_one_rank_and_two_take_over_from_each_other(train, run, optimizer):
         assert turns["model"][name].shape == p.shape and type(turns["model"][name]) is type(p), name
     assert one["optimizer"]["param_groups"] == turns["optimizer"]["param_groups"]
     for i, state in one["optimizer"]["state"].items():
-        assert {k: v.shape for k, v in state.items()} == {
-            k: v.shape for k, v in turns["optimizer"]["state"][i].items()
-        }
+        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in turns["optimizer"]["state"][i].items()}
 
 
 def test_a_rank_holds_half_of_model_gradients_and_moments(run, workdir):

@@ -24,7 +24,8 @@ def test_queries_and_keys_are_turned_as_llamas(start):
     q, k, positions = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16), torch.arange(start, start + 9)
     cos, sin = llama.LlamaRotaryEmbedding(config)(q, positions[None])
     expected = llama.apply_rotary_pos_emb(q, k, cos, sin)
-    torch.testing.assert_close((rotate(q, positions), rotate(k, positions)), expected, atol=1e-3 if start else 1e-5, rtol=0)
+    atol = 1e-3 if start else 1e-5  # at 1000, float32 angles have three digits less
+    torch.testing.assert_close((rotate(q, positions), rotate(k, positions)), expected, atol=atol, rtol=0)
 
 
 def test_scores_depend_on_the_distance_alone():

@@ -25,6 +25,6 @@ def test_a_longer_run_has_the_same_rates_until_the_shorter_one_falls():
 def test_the_fall_never_begins_before_the_warm_up_has_ended(cooldown, falls_from):
     s = Settings(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, cooldown=cooldown)
     rates = [learning_rate(step, s) for step in range(120)]
-    assert [step for step in range(10, 120) if rates[step] < 1.0][0] == max(falls_from, 10) + (falls_from < 100)
+    assert next(step for step in range(10, 120) if rates[step] < 1.0) == max(falls_from, 10) + (falls_from < 100)
     assert rates[100:] == [0.0] * 20 and rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(50, Settings(decay_lr=False, learning_rate=1.0)) == 1.0
