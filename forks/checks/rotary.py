@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sample
-from model import GPTConfig, KVCache, MiniGPT, rotate
+from model import CausalSelfAttention, GPTConfig, KVCache, MiniGPT, rotate
 
 
 def small(**changes):
@@ -16,16 +16,29 @@ def small(**changes):
     return model
 
 
-@pytest.mark.parametrize("start", [0, 5, 1000])
-def test_queries_and_keys_are_turned_as_llamas(start):
+def turned_as_llama_does(q, k, positions):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope)
+    return llama.apply_rotary_pos_emb(q, k, *llama.LlamaRotaryEmbedding(config)(q, positions[None]))
+
+
+@pytest.mark.parametrize("start", [0, 5, 1000])
+def test_queries_and_keys_are_turned_as_llamas(start):
     q, k, positions = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16), torch.arange(start, start + 9)
-    cos, sin = llama.LlamaRotaryEmbedding(config)(q, positions[None])
-    expected = llama.apply_rotary_pos_emb(q, k, cos, sin)
-    atol = 1e-3 if start else 1e-5  # at 1000, float32 angles have three digits less
+    expected, atol = turned_as_llama_does(q, k, positions), 1e-3 if start else 1e-5  # float32 angles near 1000
     torch.testing.assert_close((rotate(q, positions), rotate(k, positions)), expected, atol=atol, rtol=0)
+
+
+def test_attention_turns_queries_and_keys_and_not_values():
+    attention, x = CausalSelfAttention(GPTConfig(16, 65, 2, 4, 64)), torch.randn(2, 9, 64)
+    q, k, v = attention.c_attn(x).view(2, 9, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    q, k = turned_as_llama_does(q * 10, k, torch.arange(9))  # larger, so that the scores matter
+    attention.c_attn.weight.data[:64] *= 10
+    attention.c_attn.bias.data[:64] *= 10
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    expected = attention.c_proj(y.transpose(1, 2).reshape(2, 9, 64))
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=0)
 
 
 def test_scores_depend_on_the_distance_alone():
