@@ -64,6 +64,14 @@ def test_a_run_changes_and_remembers_them_alone_and_resumes_to_the_bit(train, op
     assert len(moments) == 2 * 2 * 4 and all(4 in shape for shape in moments)  # A and B of eight layers
 
 
+def test_muon_takes_each_thin_matrix_as_one():
+    """Not in three, as c_attn's own: the rows of A are no queries, keys and values."""
+    model = MiniGPT(GPTConfig(**SIZES, lora_rank=4))
+    groups = train_module.make_optimizer(model, train_module.Settings(optimizer="muon")).param_groups
+    splits = {id(p): group["splits"] for group in groups for p in group["params"]}
+    assert {splits[id(p)] for p in model.parameters() if p.requires_grad} == {1}
+
+
 def test_an_export_is_the_merged_model(train):
     pytest.importorskip("safetensors")
     train(lora_rank=4, max_iters=20, eval_interval=20)
