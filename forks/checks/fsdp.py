@@ -19,7 +19,7 @@ def watched(model, s):
         local = lambda t: (t.to_local() if hasattr(t, "to_local") else t).nbytes
         state = [t for values in optimizer.state.values() for t in values.values()]
         sizes = [sum(map(local, part)) for part in (sharded, [p.grad for p in sharded], state)]
-        print("bytes", *sizes, flush=True)
+        sys.stdout.write("bytes {} {} {}\\n".format(*sizes))  # at once, since two ranks write
     optimizer.register_step_post_hook(measure)
     return optimizer
 train.make_optimizer = watched
