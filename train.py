@@ -119,7 +119,7 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
         elif s.optimizer != "muon" or not name.startswith("h."):
             matrices.append(p)
         else:
-            (fused if "c_attn" in name else muon).append(p)
+            (fused if name.endswith("c_attn.weight") else muon).append(p)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
     settings["fused"] = matrices[0].device.type != "mps"  # which may skip no step (PyTorch issue 186360)
@@ -210,6 +210,7 @@ def main(s: Settings) -> None:
     if state:
         run.check(state, meta, asdict(s))
         model = MiniGPT(GPTConfig(**(state["model_args"] | {"dropout": s.dropout})))
+        load_weights(model, state["model"], run.last)
     elif init_from in RANDOM_INIT:
         model = MiniGPT(GPTConfig(s.block_size, meta["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
     else:
@@ -222,7 +223,6 @@ def main(s: Settings) -> None:
 
     step, best_val_loss, worse_evals, seconds = 0, math.inf, 0, 0.0
     if state:
-        load_weights(model, state["model"], run.last)
         # the optimiser's moments as they were; lr, betas, ... from this command
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         if dtype == "float16" and state["scaler"]["scale"] > 1:  # it is 1 if the run had another type

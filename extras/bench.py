@@ -141,7 +141,7 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
     for name in names:
         *sizes, rows, n = WORK[name]
         model = MiniGPT(GPTConfig(*sizes, bias=False)).to("meta", getattr(torch, s.decode_dtype))  # for its size
-        nbytes = sum(p.nbytes for p in model.parameters()) - model.wpe.weight.nbytes  # read for a token of all rows
+        nbytes = sum(p.nbytes for name, p in model.named_parameters() if name != "wpe.weight")  # read for each token
         limit = rows * reading / nbytes if n else products / flops_per_token(model)  # tokens per second
         results = {program: [] for program in programs if n or program != "transformers"}
         for program in [*results] * s.rounds:

@@ -45,8 +45,7 @@ def lock(path: Path) -> TextIO:
     with user_error(f"can't write to {path.parent}", OSError):
         file = path.open("a")
     problem, held = f"another process is writing to {path.parent}", (BlockingIOError, PermissionError)
-    # a file system without locks raises other OSErrors
-    with suppress(OSError), user_error(problem, *held, advice="wait for it, or write elsewhere"):
+    with suppress(OSError), user_error(problem, *held, advice="wait for it, or write elsewhere"):  # or has no locks
         if os.name == "nt":
             import msvcrt
 
@@ -134,8 +133,9 @@ class Run:
             texts = f"trained on {saved['source']}; data/{text['dataset']}, from {text['source']}, is a different text"
             advice = f"use the dataset it was trained on or another --out_dir, or delete {self.folder} to start over"
             raise UserError(f"{self.last} was {texts}: {advice}")
-        saved, names = state["config"] | {"init_from": state["init_from"]}, ["optimizer", "block_size"]
-        names += ["n_layer", "n_head", "n_embd", "bias"] * (state["init_from"] in RANDOM_INIT)  # else given
+        saved = state["config"] | {"init_from": state["init_from"]}
+        sizes = [name for name in state["model_args"] if name in settings and name != "dropout"]
+        names = ["optimizer", *(sizes if state["init_from"] in RANDOM_INIT else ["block_size"])]  # the others are given
         names += ["init_from"] * (settings["init_from"] not in RANDOM_INIT)
         if different := [name for name in names if saved[name] != settings[name]]:
             changes = ", ".join(f"{name} {saved[name]}, not {settings[name]}" for name in different)
