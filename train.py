@@ -216,6 +216,9 @@ def main(s: Settings) -> None:
     else:
         model = load_pretrained(init_from, s.block_size, s.dropout).train()
         check_same_tokens(init_from, model.config.vocab_size, meta)
+    if s.activation_checkpointing:
+        for layer, block in enumerate(model.h):
+            model.h[layer] = checkpoint_wrapper(block)
     model.to(device)
     optimizer = make_optimizer(model, s)
     # keeps small float16 gradients above zero (Micikevicius et al. 2018), and skips steps that are not finite for all
@@ -244,9 +247,6 @@ def main(s: Settings) -> None:
         return ranks.leave()
 
     # network is what a step calls, the model compiled and in DDP; model is what is evaluated and saved
-    if s.activation_checkpointing:
-        for layer, block in enumerate(model.h):
-            model.h[layer] = checkpoint_wrapper(block)
     network = torch.compile(model) if s.compile else model
     if ranks.size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
