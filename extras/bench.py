@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import cpu_count, get_context
 from pathlib import Path
@@ -33,7 +34,8 @@ from model import GPTConfig, MiniGPT
 from sample import generate, load_model
 from support.dataset import open_dataset
 from support.fast import CompiledReader
-from support.runtime import best_dtype, choose_kernels, flops_per_token, pick_device
+from support.kernels import choose_kernels
+from support.runtime import best_dtype, flops_per_token, pick_device
 from support.settings import UserError, optional, read_settings, run_script, setting
 
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
@@ -82,17 +84,19 @@ def training_step(s: Settings, program: str, model: torch.nn.Module, x: torch.Te
     if program == "MiniGPT":
         optimizer = train.make_optimizer(model, train.Settings())
         dtype, compiled = best_dtype(x.device) if s.dtype == "auto" else s.dtype, x.is_cuda
-        choose_kernels(x.device, dtype, x.size(1), deterministic=False)
+        kernels = choose_kernels(x.device, compiled)
     else:
+        kernels = nullcontext()
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), x.device.type)
         dtype, compiled = ("bfloat16", True) if x.is_cuda else ("float32", False)
     network = torch.compile(model) if compiled else model
     autocast = torch.autocast(x.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     def step():
-        with autocast:
-            loss = network(x, y)[1]
-        loss.backward()
+        with kernels:
+            with autocast:
+                loss = network(x, y)[1]
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -134,7 +138,9 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
     if unknown := [name for name in names if name not in WORK]:
         raise UserError(f"unknown work {', '.join(unknown)}: there is {', '.join(WORK)}")
     dtype, n = best_dtype(device) if s.dtype == "auto" else s.dtype, 8192 if device.type == "cuda" else 2048
-    products = 2 * n**3 / seconds("a @ a", s.steps, a=torch.randn(n, n, device=device, dtype=getattr(torch, dtype)))
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    with choose_kernels(device):
+        products = 2 * n**3 / seconds("linear(a, a)", s.steps, linear=torch.nn.functional.linear, a=a)
     reading = 2**30 / seconds("a.sum()", s.steps, a=torch.ones(2**28, device=device))
     print(f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n")
     print(f"| work | program | tokens/s | of the limit | MiniGPT / this |\n|{' --- |' * 5}")

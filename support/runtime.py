@@ -36,21 +36,9 @@ def best_dtype(device: torch.device) -> str:
     """bfloat16 where the device has matrix instructions for it, else float16 on CUDA and float32 elsewhere."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
-    return "bfloat16" if device.type == "cpu" and capabilities.get("avx512_bf16", False) else "float32"
-
-
-def choose_kernels(device: torch.device, dtype: str, block_size: int, deterministic: bool) -> None:
-    """Let torch use the fastest kernels there are, or those that always give the same bits."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch._inductor.config.deterministic = True
-    elif device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    # On CPUs fused attention is 10 to 20 % slower in bfloat16 for up to 128 tokens.
-    slow = device.type == "cpu" and dtype == "bfloat16" and block_size <= 128
-    torch.backends.cuda.enable_flash_sdp(not slow)  # says cuda, but is for all devices
+    chip = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and chip.get("avx512_bf16", False)
+    return "bfloat16" if device.type == "cpu" and fast else "float32"
 
 
 def flops_per_token(model: MiniGPT) -> int:

@@ -23,8 +23,9 @@ from sample import stream
 from support import runtime
 from support.checkpoint import Run
 from support.fast import CompiledReader
+from support.kernels import choose_kernels
 from support.muon import Muon
-from support.runtime import Ranks, best_dtype, choose_kernels, compile_now
+from support.runtime import Ranks, best_dtype, compile_now
 from train import Settings, evaluate, make_optimizer, to_device
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -109,9 +110,9 @@ def test_gpus_without_bfloat16_use_float16_and_float32_uses_their_matrix_units(m
         assert best_dtype(CUDA) == expected
     precisions = []
     monkeypatch.setattr("torch.set_float32_matmul_precision", precisions.append)
-    choose_kernels(CUDA, "float32", 1024, deterministic=False)
+    choose_kernels(CUDA)
     assert precisions == ["high"]
-    choose_kernels(CPU, "float32", 1024, deterministic=False)
+    choose_kernels(CPU)
     assert precisions == ["high"]
 
 
@@ -226,7 +227,7 @@ def test_deterministic_also_binds_inductor(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr("torch.use_deterministic_algorithms", lambda on: None)
     monkeypatch.setattr("torch._inductor.config.deterministic", False)
-    choose_kernels(CPU, "float32", 1024, deterministic=True)
+    choose_kernels(CPU, deterministic=True)
     assert torch._inductor.config.deterministic
 
 
