@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024) for the matrices of a model, AdamW (Loshchilov & Hutter 2019) for the rest."""
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 
@@ -10,11 +11,13 @@ BATCH = 1 << 24  # numbers updated at once: more would take more memory and save
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices (n, rows, cols), rows <= cols, with the same singular vectors and all singular values near 1.
+    """Matrices (n, rows, cols) with the same singular vectors and all singular values near 1.
 
     They are between 0.68 and 1.21 where they were above 0.2 % of the matrix's norm; smaller ones grow 485 times. Five
     steps of Newton-Schulz, X <- (a I + b X X^T + c (X X^T)^2) X, in the number type that is fast on the device.
     """
+    if matrices.size(1) > matrices.size(2):
+        return orthogonal(matrices.mT).mT
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     x = x.to(getattr(torch, best_dtype(x.device)))
@@ -53,30 +56,28 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = groups
         for group in (group for group in groups if group["splits"]):
-            for matrices in self._batches(group["params"], group["splits"]):
-                self._update(matrices, group["lr"], group["weight_decay"], group["momentum"])
+            by_shape = defaultdict(list)
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:  # the loading of AdamW looks for a step everywhere
+                    self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p))
+                by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                n = max(1, BATCH // shape.numel())
+                for some in (params[i : i + n] for i in range(0, len(params), n)):
+                    self._update(some, [p.grad for p in some], [self.state[p]["exp_avg"] for p in some], group)
 
-    def _batches(self, params: list[torch.Tensor], splits: int) -> Iterator[list[list[torch.Tensor]]]:
-        """Lists of [weight, gradient, momentum], views of one shape (rows, cols), rows <= cols."""
-        by_shape = {}
-        for p in (p for p in params if p.grad is not None):
-            if not self.state[p]:  # the loading of AdamW looks for a step everywhere
-                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p))
-            for part in zip(*(t.chunk(splits) for t in (p, p.grad, self.state[p]["exp_avg"])), strict=True):
-                wide = [t.mT if t.size(0) > t.size(1) else t for t in part]
-                by_shape.setdefault(wide[0].shape, []).append(wide)
-        for shape, matrices in by_shape.items():
-            n = max(1, BATCH // shape.numel())
-            yield from (matrices[i : i + n] for i in range(0, len(matrices), n))
-
-    def _update(self, matrices: list[list[torch.Tensor]], lr: float, weight_decay: float, momentum: float) -> None:
-        old, grad, old_mean = (torch.stack(tensors) for tensors in zip(*matrices, strict=True))  # (n, rows, cols)
-        if getattr(self, "grad_scale", None) is not None:
-            grad /= self.grad_scale
-        mean = old_mean.lerp(grad, 1 - momentum)
-        update = orthogonal(grad.lerp(mean, momentum))  # of Nesterov's form of the momentum
-        new = (old * (1 - lr * weight_decay)).add_(update, alpha=-0.2 * lr * old.size(2) ** 0.5)
-        if getattr(self, "found_inf", None) is not None:  # stays on the device, so that nothing waits
-            new, mean = (torch.where(self.found_inf > 0, *pair) for pair in ((old, new), (old_mean, mean)))
-        weights, _, means = zip(*matrices, strict=True)
-        torch._foreach_copy_(weights + means, [*new, *mean])
+    def _update(self, params: list, grads: list, means: list, group: dict) -> None:
+        """Update params and the means of their gradients, all of one shape (rows, cols), with group's settings."""
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # of a GradScaler
+        may_skip = found_inf is not None and (not found_inf.is_cpu or found_inf > 0)
+        before = [t.clone() for t in (*params, *means)] if may_skip else []
+        if grad_scale is not None:
+            grads = torch._foreach_div(grads, grad_scale)
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        update = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's form of the momentum
+        matrices = update.view(len(params) * group["splits"], -1, update.size(2))
+        update = orthogonal(matrices).to(update.dtype).reshape(update.shape)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, update.unbind(), alpha=-0.2 * group["lr"] * max(matrices.shape[1:]) ** 0.5)
+        for new, old in zip((*params, *means), before, strict=False):  # on the device, so that nothing waits
+            torch.where(found_inf > 0, old, new, out=new)
