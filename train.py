@@ -13,6 +13,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
 from support.checkpoint import ADVICE, RANDOM_INIT, Run, load_weights
 from support.dataset import DATA, open_dataset
+from support.kernels import choose_kernels
 from support.muon import Muon
-from support.pretrained import check_same_tokens, load_pretrained
-from support.runtime import Ranks, advice, best_dtype, choose_kernels, compile_now
+from support.pretrained import HUB, check_same_tokens, load_pretrained
+from support.runtime import Ranks, advice, best_dtype, compile_now
 from support.settings import UserError, run_script, setting
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
@@ -79,6 +81,9 @@ class Settings:
     timeout: int = setting(600, "seconds that a rank waits for another", 1)
 
     def __post_init__(self):
+        there = Path(self.init_from).is_dir() or Path(self.out_dir, "last.pt").exists()
+        if self.init_from not in RANDOM_INIT + HUB and not there:
+            raise UserError(f"no folder {self.init_from}: --init_from is one, or {', '.join(RANDOM_INIT + HUB)}")
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         if self.warmup_iters is None:
@@ -197,7 +202,7 @@ def main(s: Settings) -> None:
     rows, micro_steps = ranks.share(s.batch_size, s.gradient_accumulation_steps)
     dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
     autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
-    choose_kernels(device, dtype, s.block_size, s.deterministic)
+    kernels = choose_kernels(device, s.compile, s.deterministic)
 
     # data
     train_tokens, val_tokens, meta = open_dataset(ranks.from_first(find_dataset, s.dataset), s.block_size)
@@ -266,7 +271,7 @@ def main(s: Settings) -> None:
         finished = step >= s.max_iters
         evaluating = s.eval_only or (step > first_step and (finished or step % s.eval_interval == 0))
         if evaluating:
-            with autocast:
+            with autocast, kernels:
                 val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks)
             worse_evals = 0 if val_loss < best_val_loss else worse_evals + 1
             best_val_loss = min(best_val_loss, val_loss)
@@ -306,7 +311,7 @@ def main(s: Settings) -> None:
                 seeds = np.random.SeedSequence((s.seed, step, micro_step, ranks.rank))
                 torch.manual_seed(int(seeds.generate_state(1)[0]))
             syncing = ranks.size == 1 or micro_step == micro_steps - 1  # one all-reduce per step
-            with nullcontext() if syncing else network.no_sync():
+            with kernels, nullcontext() if syncing else network.no_sync():
                 with autocast:
                     _, micro_loss = network(x, y)
                 scaler.scale(micro_loss / micro_steps).backward()

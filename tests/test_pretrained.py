@@ -287,7 +287,10 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert "gpt2-medium can't be downloaded (" in fails(capsys, train, init_from="gpt2-medium")
     assert not Path("out").exists()
-    assert "no gpt3/config.json: expected gpt2, gpt2-medium" in fails(capsys, train, init_from="gpt3")
+    wrong = {"init_from": "gpt3", "dataset": "nowhere"}  # which is named first
+    assert "no folder gpt3: --init_from is one, or auto, resume, scratch, gpt2" in fails(capsys, train, **wrong)
+    with pytest.raises(UserError, match=r"no gpt3.config.json: expected gpt2, gpt2-medium"):
+        load_pretrained("gpt3")
     reference = save_reference()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: "reference")
     assert_same_logits(load_pretrained("gpt2-xl"), reference)

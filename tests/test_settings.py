@@ -70,7 +70,7 @@ def test_a_config_file_is_also_found_beside_the_scripts(tmp_path, monkeypatch):
         ("--kind=c", "expected one of a, b"),
         ("--size", "--size needs a value: --size=VALUE"),
         ("--fast", "--fast needs a value: --fast=True"),
-        ("--fast=true", "expected True or False"),
+        ("--fast=true", "expected True or False, as in --fast=True"),
         ("-size=3", "unknown setting -size; did you mean --size"),
         ("nowhere.py", "no config file nowhere.py"),
         ("--size=__import__('os').getcwd()", "expected a whole number"),
