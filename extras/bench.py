@@ -35,7 +35,7 @@ from sample import generate, load_model
 from support.dataset import open_dataset
 from support.fast import CompiledReader
 from support.kernels import choose_kernels
-from support.runtime import best_dtype, flops_per_token, pick_device
+from support.runtime import AVX512, CHIP, best_dtype, flops_per_token, pick_device
 from support.settings import UserError, optional, read_settings, run_script, setting
 
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
@@ -139,8 +139,7 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
         raise UserError(f"unknown work {', '.join(unknown)}: there is {', '.join(WORK)}")
     dtype, n = best_dtype(device) if s.dtype == "auto" else s.dtype, 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    with choose_kernels(device):
-        products = 2 * n**3 / seconds("linear(a, a)", s.steps, linear=torch.nn.functional.linear, a=a)
+    products = 2 * n**3 / seconds("a @ a", s.steps, a=a)
     reading = 2**30 / seconds("a.sum()", s.steps, a=torch.ones(2**28, device=device))
     print(f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n")
     print(f"| work | program | tokens/s | of the limit | MiniGPT / this |\n|{' --- |' * 5}")
@@ -210,17 +209,19 @@ def race(s: Settings, device: torch.device, machine: str) -> None:
     print(f"| MiniGPT | {figure(my_time)} | {figure(my_loss, '.3f')} |")
     print(f"| nanoGPT | {figure(their_time)} | {figure(their_loss, '.3f')} |\n")
     print(f"nanoGPT / MiniGPT: {figure(their_time / my_time, '.2f')} in seconds; curves differ by {figure(gap, '.3f')}")
-    print(f"MiniGPT has nanoGPT's loss after {figure(reached / their_time, '.2f')} of nanoGPT's seconds")
+    if not np.isnan(reached).any():
+        print(f"MiniGPT has nanoGPT's loss after {figure(reached / their_time, '.2f')} of nanoGPT's seconds")
     print("different:", ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "nothing")
 
 
 def main(s: Settings) -> None:
     if s.nanogpt and not Path(s.nanogpt, "model.py").exists():
         raise UserError(f"no {s.nanogpt}/model.py: --nanogpt is the folder of a clone of nanoGPT")
-    device, cpu = pick_device("cpu" if s.race else s.device), getattr(torch.cpu, "get_capabilities", dict)()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.get("cpu_name", device.type)
-    instructions = [torch.backends.cpu.get_cpu_capability(), *(k for k in ("avx512_bf16", "amx_bf16") if cpu.get(k))]
-    machine = f"{name}, {' '.join(instructions)}, {cpu_count()} cores, {torch.get_num_threads()} threads"
+    device = pick_device("cpu" if s.race else s.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else CHIP.get("cpu_name", device.type)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    kernels += "".join(f" {k}" for k in ("avx512_bf16", "amx_bf16") if AVX512 and CHIP.get(k))
+    machine = f"{name}, {kernels}, {cpu_count()} cores, {torch.get_num_threads()} threads"
     (race if s.race else table)(s, device, f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print("\nin brackets: the spread over the rounds, (max - min) / median; (!) is above a fifth: not to be trusted")
 

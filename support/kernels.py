@@ -1,37 +1,21 @@
-"""Which kernels compute a model: torch's own on a GPU, and on a CPU faster forms of three of its functions."""
+"""Which kernels compute a model: torch's own on a GPU, faster versions of two functions on a CPU."""
 
 import ctypes
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
+from torch.autograd.function import Function, once_differentiable
 
+TORCHS_GELU, TORCHS_ATTENTION = F.gelu, F.scaled_dot_product_attention
 A, B = math.sqrt(8 / math.pi), 0.044715  # GELU's tanh form is x sigmoid(A (x + B x^3))
 
 
-class OneDNNLinear(Function):
-    """F.linear in float32 by oneDNN; torch takes MKL, which on AMD's CPUs does not use AVX-512."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x, weight), (need_x, need_weight, need_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        grad_x = product(grad, weight.mT) if need_x else None
-        x, grad = (t.reshape(-1, t.size(-1)).mT for t in (x, grad))
-        wide = len(x) < len(grad)  # oneDNN likes the smaller one first
-        grad_weight = (product(x, grad).mT if wide else product(grad, x)) if need_weight else None
-        return grad_x, grad_weight, grad.sum(1) if need_bias else None
-
-
 class SigmoidGELU(Function):
-    """GELU's tanh form by a sigmoid, which is faster than torch's tanh."""
+    """GELU's tanh form in float32, computed by a sigmoid, which is faster than torch's tanh."""
 
     @staticmethod
     def forward(ctx, x):
@@ -40,65 +24,43 @@ class SigmoidGELU(Function):
         return x * s
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, s = ctx.saved_tensors  # the slope is s + x A (1 + 3 B x^2) s (1 - s)
         inner = torch.addcmul(x.new_tensor(A), x, x, value=3 * A * B).mul_(x)
         return torch.ops.aten.sigmoid_backward(inner, s).add_(s).mul_(grad)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias, (..., n_in) -> (..., n_out), by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def gelu(input, approximate="none"):
+    plain = input.dtype == torch.float32 and approximate == "tanh"
+    return SigmoidGELU.apply(input) if plain else TORCHS_GELU(input, approximate=approximate)
 
 
-def linear(x, weight, bias=None):
-    amd = "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")  # torch 2.11 does not tell
-    plain = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    fits = x.shape[-1:] == weight.shape[1:]  # else torch says it better
-    return OneDNNLinear.apply(x, weight, bias) if amd and plain and fits else TORCHS["linear"](x, weight, bias)
-
-
-def gelu(x, approximate="none"):
-    plain = x.dtype == torch.float32 and approximate == "tanh"
-    return SigmoidGELU.apply(x) if plain else TORCHS["gelu"](x, approximate=approximate)
-
-
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """In 16 bits the formula: there the fused kernel takes two to four times as long."""
-    T, D = q.shape[-2:]
-    if not is_causal or options or q.dtype == torch.float32 or T > 1024:  # or the T x T scores would be too many
-        return TORCHS["scaled_dot_product_attention"](q, k, v, attn_mask, dropout_p, is_causal, **options)
-    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    weights = ((q / math.sqrt(D)) @ k.mT + future).softmax(-1)
-    return F.dropout(weights, dropout_p) @ v
-
-
-FASTER = {"linear": linear, "gelu": gelu, "scaled_dot_product_attention": attention}
-TORCHS = {name: getattr(F, name) for name in FASTER}
-
-
-class CPUKernels:
-    """Inside, models call these functions in place of those of torch.nn.functional."""
-
-    def __enter__(self):
-        vars(F).update(FASTER)
-
-    def __exit__(self, *error):
-        vars(F).update(TORCHS)
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """Causal attention in 16 bits by its formula: torch's fused kernel takes two to four times as long there."""
+    T, D = query.shape[-2:]
+    plain = is_causal and attn_mask is None and not options and key.shape == query.shape
+    if not plain or query.element_size() > 2 or query[..., 0].numel() * T > 1 << 25:  # 64 MB of scores per layer
+        return TORCHS_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    future = torch.full((T, T), -math.inf, dtype=query.dtype).triu(1)
+    weights = ((query / math.sqrt(D)) @ key.mT + future).softmax(-1)
+    return F.dropout(weights, dropout_p) @ value
 
 
 def choose_kernels(device: torch.device, compiled: bool = False, deterministic: bool = False) -> AbstractContextManager:
-    """Let torch use the fastest kernels there are, or those that always give the same bits.
-
-    Returns a context in which to run a model, forward and backward.
-    """
+    """A context in which to run a model, forward and backward: with the fastest kernels, or if deterministic with
+    those that always give the same bits."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch._inductor.config.deterministic = True
     elif device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    with suppress(AttributeError, TypeError, OSError):  # only glibc: without this the system gets back what a step
-        mallopt = ctypes.CDLL(None).mallopt  # frees, and clears it for the next one
-        mallopt(-3, 1 << 30) and mallopt(-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    return CPUKernels() if device.type == "cpu" and not compiled else nullcontext()
+    if device.type != "cpu":
+        return nullcontext()
+    # glibc returns freed memory to the system, which clears it again for the next step: keep up to 2 GB
+    with suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 25), mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD; glibc before 2.35 refuses more than 32 MB
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    return nullcontext() if compiled else patch.multiple(F, gelu=gelu, scaled_dot_product_attention=attention)

@@ -17,6 +17,9 @@ from support.settings import UserError, user_error
 # dense bfloat16 TFLOP/s by the makers' data sheets, by the first words that are in the device's name
 PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
 
+CHIP = getattr(torch.cpu, "get_capabilities", dict)()  # the CPU's name and instructions; torch 2.11 does not tell
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # False also where ATEN_CPU_CAPABILITY forbids it
+
 
 def pick_device(name: str) -> torch.device:
     """The torch.device called name; "auto" is a GPU if there is one: cuda, else mps, else cpu."""
@@ -36,9 +39,7 @@ def best_dtype(device: torch.device) -> str:
     """bfloat16 where the device has matrix instructions for it, else float16 on CUDA and float32 elsewhere."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    chip = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and chip.get("avx512_bf16", False)
-    return "bfloat16" if device.type == "cpu" and fast else "float32"
+    return "bfloat16" if device.type == "cpu" and AVX512 and CHIP.get("avx512_bf16") else "float32"
 
 
 def flops_per_token(model: MiniGPT) -> int:
@@ -181,4 +182,4 @@ def compile_now(network: Callable, model: MiniGPT, batch: tuple, autocast: torch
     model.zero_grad()
     if any(ranks.maximum(failure is not None)):
         torch.compiler.set_stance("force_eager")
-        ranks.say(f"not compiling: {failure or 'an error on another rank'} in torch.compile; see --compile=False")
+        ranks.say(f"not compiling: {failure or 'an error on another rank'} in torch.compile; better --compile=False")
