@@ -201,6 +201,9 @@ def test_what_a_fork_changes_in_the_model_is_in_the_fast_reader_too(monkeypatch)
     head = MiniGPT.head
     monkeypatch.setattr(MiniGPT, "head", lambda self, x: 30 * torch.tanh(-head(self, x) / 30))
     small = model()
+    mlp = small.h[0].mlp
+    mlp.forward = lambda x: -type(mlp).forward(mlp, x)
+    small.h[1].mlp.register_forward_hook(lambda module, args, y: 2 * y)
     idx = torch.randint(65, (1, 5))
     expected = naive(small, idx, 11, lambda logits: logits.argmax(-1, keepdim=True))
     assert torch.equal(generate(small, idx, 11, temperature=0), expected)
