@@ -75,7 +75,8 @@ class Muon(torch.optim.AdamW):
             grads = torch._foreach_div(grads, grad_scale)
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         update = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's form of the momentum
-        matrices = update.view(len(params) * group["splits"], -1, update.size(2))
+        rows, cols = params[0].shape
+        matrices = update.view(-1, rows // group["splits"], cols)
         update = orthogonal(matrices).to(update.dtype).reshape(update.shape)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, update.unbind(), alpha=-0.2 * group["lr"] * max(matrices.shape[1:]) ** 0.5)
