@@ -81,9 +81,9 @@ class Settings:
     timeout: int = setting(600, "seconds that a rank waits for another", 1)
 
     def __post_init__(self):
-        there = Path(self.init_from).is_dir() or Path(self.out_dir, "last.pt").exists()
-        if self.init_from not in RANDOM_INIT + HUB and not there:
-            raise UserError(f"no folder {self.init_from}: --init_from is one, or {', '.join(RANDOM_INIT + HUB)}")
+        resuming = Path(self.out_dir, "last.pt").exists()  # its weights count, and the folder may be gone
+        if self.init_from not in RANDOM_INIT + HUB and not Path(self.init_from).is_dir() and not resuming:
+            raise UserError(f"--init_from={self.init_from} is not a folder or one of {', '.join(RANDOM_INIT + HUB)}")
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         if self.warmup_iters is None:

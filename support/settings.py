@@ -132,7 +132,7 @@ def _check(f, value, where):
         return value
     expected = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
     if kind is bool and str(value).capitalize() in ("True", "False"):
-        expected += f", as in --{f.name}={value.capitalize()}"
+        expected += f", as in --{f.name}={str(value).capitalize()}"
     if choices:
         expected = "one of " + ", ".join(choices)
     elif low > -math.inf:

@@ -288,7 +288,7 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
     assert "gpt2-medium can't be downloaded (" in fails(capsys, train, init_from="gpt2-medium")
     assert not Path("out").exists()
     wrong = {"init_from": "gpt3", "dataset": "nowhere"}  # which is named first
-    assert "no folder gpt3: --init_from is one, or auto, resume, scratch, gpt2" in fails(capsys, train, **wrong)
+    assert "--init_from=gpt3 is not a folder or one of auto, resume, scratch, gpt2" in fails(capsys, train, **wrong)
     with pytest.raises(UserError, match=r"no gpt3.config.json: expected gpt2, gpt2-medium"):
         load_pretrained("gpt3")
     reference = save_reference()
