@@ -98,7 +98,8 @@ def draw_run(out_dir: str | Path, compare: str | Path = "", file: str | Path = "
             evaluated = f"   best validation loss {min(val_losses):.3f}" if val_losses else ""
             axes[0, 0].lines[-1].set_label(drawable(name) + evaluated)
 
-        note = f"thick: validation\nthin: training, mean of {width} log lines; pale: as logged"
+        note = "thick: validation\nthin: training"
+        note += f", mean of {width} log lines; pale: as logged" if width > 1 else ""
         axes[0, 0].text(0.98, 0.95, note, color=MUTED, ha="right", va="top", transform=axes[0, 0].transAxes)
         axes[0, 0].set_ylabel("loss (nats per token)")
         axes[1, 0].set_ylabel("learning rate")

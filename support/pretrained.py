@@ -44,7 +44,7 @@ def open_folder(name_or_path: str | Path) -> tuple[Path, GPTConfig]:
     folder = Path(name_or_path)
     if name_or_path in HUB and not folder.is_dir():
         hub = optional("huggingface_hub")
-        with user_error(f"{name_or_path} can't be downloaded", Exception, advice="give a folder"):
+        with user_error(f"{name_or_path} can't be downloaded", Exception, advice="give its folder instead"):
             folder = Path(hub.snapshot_download(f"openai-community/{name_or_path}", allow_patterns=list(FILES)))
     if not (folder / "config.json").is_file():
         raise UserError(f"no {folder / 'config.json'}: expected {', '.join(HUB)}, or a folder with it and the weights")

@@ -41,12 +41,14 @@ def read_settings(cls: type, argv: list[str], doc: str, positional: str | None =
         argument = arguments.pop()
         if argument in ("-h", "--help"):
             print(f"{doc.strip()}\n\nSettings:")
-            print(*(f"  --{f.name}={f.default}\n        {f.metadata['help']}" for f in known.values()), sep="\n")
+            for f in known.values():
+                choices = f" ({', '.join(filter(None, f.metadata['choices']))})" if f.metadata["choices"] else ""
+                print(f"  --{f.name}={f.default}\n        {f.metadata['help']}{choices}")
             sys.exit(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("-"):
             if positional in flags:
-                raise UserError(f"unexpected argument {argument}: give it with --{list(known)[1]}, a pattern in quotes")
+                raise UserError(f"unexpected argument {argument}: write --{list(known)[1]}=PATH, a pattern in quotes")
             configs += [] if positional else [argument]
             flags |= {positional: argument} if positional else {}
             continue

@@ -61,7 +61,7 @@ class CharTokenizer(ByteTokenizer):
         unknown = self.codes[ids] != codes
         if unknown.any():
             char, known = text[unknown.argmax()], f"the {self.vocab_size} characters of the training text"
-            advice = "to allow any, prepare and train with --tokenizer=byte"
+            advice = "to allow any, prepare the text with --tokenizer=byte"
             raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among {known}; {advice}")
         return ids
 

@@ -485,7 +485,7 @@ def test_mistakes_are_clear(workdir, arguments, message):
 def test_the_command_says_what_to_type(run):
     for arguments, message in (
         ((), "python prepare_data.py NAME --input PATH (only shakespeare and python_docs need no --input)"),
-        (("mine", "tiny.txt"), "unexpected argument tiny.txt: give it with --input, a pattern in quotes"),
+        (("mine", "tiny.txt"), "unexpected argument tiny.txt: write --input=PATH, a pattern in quotes"),
     ):
         done = run("prepare_data.py", *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
