@@ -75,8 +75,7 @@ def check(s: train.Settings) -> None:
     watching = patch.multiple(train, open_dataset=lambda *_: batch, make_optimizer=watched_optimizer)
     with tempfile.TemporaryDirectory() as folder, watching:
         train.main(replace(s, out_dir=folder, **changes))
-    print("(but this run's folder is deleted now)")
-    print("if its last loss is not near zero, look for a mistake before training on more data")
+    print("that folder is deleted; if the last loss is not near zero, look for a mistake before training on more data")
 
 
 if __name__ == "__main__":

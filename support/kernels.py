@@ -37,7 +37,7 @@ def gelu(input, approximate="none"):
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
-    """Causal attention in 16 bits by its formula: torch's fused kernel takes two to four times as long there."""
+    """Causal attention in 16 bits by its formula: torch's fused kernel takes several times as long there."""
     T, D = query.shape[-2:]
     plain = is_causal and attn_mask is None and not options and key.shape == query.shape
     if not plain or query.element_size() > 2 or query[..., 0].numel() * T > 1 << 25:  # 64 MB of scores per layer

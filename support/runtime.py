@@ -182,4 +182,4 @@ def compile_now(network: Callable, model: MiniGPT, batch: tuple, autocast: torch
     model.zero_grad()
     if any(ranks.maximum(failure is not None)):
         torch.compiler.set_stance("force_eager")
-        ranks.say(f"not compiling: {failure or 'an error on another rank'} in torch.compile; better --compile=False")
+        ranks.say(f"not compiling: {failure or 'an error on another rank'} in torch.compile; --compile=False is faster")

@@ -134,7 +134,7 @@ def test_help_lists_every_setting_with_default_and_meaning(capsys):
     assert exit.value.code == 0
     printed = capsys.readouterr().out
     assert "An example." in printed
-    for part in ("--size=4", "how large", "--kind=a", "which", "--limit=None"):
+    for part in ("--size=4", "how large", "--kind=a", "which (a, b)", "--limit=None"):
         assert part in printed
 
 
