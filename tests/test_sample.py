@@ -212,6 +212,7 @@ def test_what_a_fork_changes_in_the_model_is_in_the_fast_reader_too(monkeypatch)
 def test_a_compiled_step_is_compiled_once_and_writes_the_same():
     from torch._dynamo.testing import CompileCounter
 
+    torch._dynamo.reset()  # of what other tests compiled
     small, counter = model(), CompileCounter()
     idx = torch.randint(65, (1, 5)).expand(2, -1)
     expected = generate(small, idx, 30, temperature=0)  # past block_size
