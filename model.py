@@ -1,7 +1,8 @@
-"""GPT-2 in one file: sizes, attention, MLP, block, model, and the cache for decoding. Read it from top to bottom.
+"""GPT-2 in one file: sizes, attention, MLP, block, model, KV cache. Read it from top to bottom.
 
-B is the batch size, T the number of tokens, C the width (n_embd), H the number of heads, D = C / H the width of a
-head. The modules are named as in OpenAI's released weights (wte, wpe, h, ln_1, c_attn, ...).
+In the comments on shapes, B is the batch size, T the number of tokens, C the width (n_embd), H the
+number of heads and D = C / H the width of a head. The modules have the names of OpenAI's released
+weights (wte, wpe, h, ln_1, c_attn, ...).
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -28,42 +30,55 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
+        if self.n_embd % self.n_head != 0:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the past (Vaswani et al. 2017, section 3.2)."""
+    """Multi-head attention in which a token sees itself and the tokens before it.
 
-    def __init__(self, config: GPTConfig):
+    Vaswani et al. 2017, section 3.2. `layer` says which keys and values of a cache are its own.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K and V in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # Q, K and V
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+
         mask = None
         if cache is not None:
-            k, v, mask = cache.append(layer, k, v)  # (B, H, S, D): the past and these T tokens
+            k, v, mask = cache.append(self.layer, k, v)  # (B, H, S, D): the past and these tokens
+
         # One fused kernel for
-        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)        # (B, H, T, S), variance independent of D
-        #     scores = scores.masked_fill(future, -math.inf)       # a query sees no key that comes after it
+        #     scores = q @ k.transpose(2, 3) / math.sqrt(D)        # (B, H, T, S)
+        #     scores = scores.masked_fill(future, -math.inf)       # no query sees a later key
         #     weights = F.dropout(scores.softmax(dim=3), dropout)  # each row sums to 1
         #     y = weights @ v                                      # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        is_causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=cache is None,  # with a cache, the mask says what a query sees
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Two layers with GELU between, applied to each token by itself."""
+    """Two linear layers with GELU between them, applied to each token separately."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -72,26 +87,27 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (Hendrycks & Gimpel 2016), the form GPT-2 was trained with
-        return self.dropout(self.c_proj(x))
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = F.gelu(x, approximate="tanh")  # Hendrycks & Gimpel 2016; GPT-2 uses this approximation
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream x.
 
-    Pre-norm: LayerNorm stands before each part, not after the sum as in Vaswani et al., so the gradient reaches every
-    layer through x undisturbed (Xiong et al. 2020).
+    Pre-norm: LayerNorm comes before each part, not after the sum as in Vaswani et al., so the
+    gradient reaches every layer through x unchanged (Xiong et al. 2020).
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None, layer: int = 0) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -99,95 +115,165 @@ class Block(nn.Module):
 class MiniGPT(nn.Module):
     """A GPT-2 language model (Radford et al. 2019).
 
-    The output head has no weights of its own: it is the token embedding, transposed (weight tying, Press & Wolf 2017).
-    The embedding is padded to a multiple of 64 rows, a size that suits matrix kernels; the logits of the padding are
-    cut off at once, so they are never predicted, sampled or trained.
+    The embedding and the output head are padded to a multiple of 64 rows, a size that suits matrix
+    kernels. The padding is never predicted, sampled or trained.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # recompute a block's activations when going backward
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
-        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # token embedding and output head
+        self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # token embedding
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.init_weights()
+        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # weight tying (Press & Wolf 2017)
 
-        # N(0, 0.02) everywhere, but smaller in the 2 n_layer projections that add to the residual stream, so that
-        # its variance does not grow with depth (Radford et al. 2019, section 2.3).
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+    def init_weights(self) -> None:
+        """Draw all weights from N(0, 0.02) and set the biases to zero.
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: "KVCache | None" = None):
+        The 2 n_layer projections that add to the residual stream get a smaller deviation, so that
+        its variance does not grow with depth (Radford et al. 2019, section 2.3).
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = 0.02
+                if name.endswith("c_proj"):
+                    std = 0.02 / math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict the next token at every position, or with a cache at the last one.
 
-        idx: (B, T) token ids. targets: (B, T), the id that follows each, or -100 where it does not count.
-        cache: a KVCache of the tokens before idx; it takes idx in.
-        Returns (logits, None), the logits (B, T, vocab_size) or with a cache (B, 1, vocab_size); with targets
-        (None, loss), the mean cross-entropy in nats.
-        Raises ValueError for more than block_size tokens, and on the CPU for ids outside the vocabulary.
+        idx: (B, T) token ids. targets: (B, T), the id that follows each token, or -100 where the
+        loss should ignore it. cache: the KVCache of the tokens before idx; idx is appended to it.
+
+        Returns (logits, loss). logits: (B, T, vocab_size), or with a cache (B, 1, vocab_size).
+        loss: the mean cross-entropy in nats, or None without targets. With targets the logits are
+        detached: a gradient for both outputs would cost a compiled training step a pass over them.
+
+        Raises ValueError for no token or more than block_size tokens, and on the CPU for ids
+        outside the vocabulary.
         """
-        T, device, vocab_size = idx.size(1), idx.device, self.config.vocab_size
-        length, longest = (T, self.config.block_size) if cache is None else (cache.length + T, cache.size)
-        if length > longest:
-            name = "block_size" if longest == self.config.block_size else "the cache"
-            raise ValueError(f"a sequence of {length} tokens is longer than {name} ({longest})")
-        if device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
-            low, high = idx.aminmax()
-            if low < 0 or high >= vocab_size:
-                raise ValueError(f"token ids from {low} to {high} reach outside the vocabulary (0 to {vocab_size - 1})")
+        self.check_ids(idx)
+        T = idx.size(1)
+        if cache is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens exceed block_size ({self.config.block_size})")
+            positions = torch.arange(T, device=idx.device)
+        else:
+            positions = cache.advance(T)
 
-        positions = torch.arange(T, device=device) if cache is None else cache.advance(T)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
+        for block in self.h:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         if cache is not None:
-            x = x[:, -1:]  # only the last token's successor is unknown
-        logits = self.head(self.ln_f(x))
+            x = x[:, -1:]  # with a cache only the last token is continued
+        logits = self.lm_head(self.ln_f(x))  # (B, T, padded_vocab_size)
+        vocab_size = self.config.vocab_size
         if targets is None:
-            return logits, None
-        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return None, loss
+            return logits[..., :vocab_size], None
 
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """The logits: (..., C) -> (..., vocab_size)."""
-        return F.linear(x, self.wte.weight)[..., : self.config.vocab_size]
+        logits = logits.float()  # also under autocast: bfloat16 would leave the loss two digits
+        logits[..., vocab_size:] = -math.inf  # the padding has probability 0
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return logits[..., :vocab_size].detach(), loss
+
+    def check_ids(self, idx: torch.Tensor) -> None:
+        """Raise ValueError for no token ids, and on a CPU for ids outside the vocabulary.
+
+        On a GPU, looking at the ids would force a synchronisation.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("no tokens: a sequence needs at least one")
+        if idx.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = idx.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids from {low} to {high} are outside the vocabulary "
+                f"(0 to {self.config.vocab_size - 1})"
+            )
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B).
+
+        Each weight takes a multiply-add forward and two backward, and so does each of the T C
+        products in the two matrices of a layer's attention. Positions are only looked up.
+        """
+        n_weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
+        sizes = self.config
+        return 6 * n_weights + 12 * sizes.n_layer * sizes.n_embd * sizes.block_size
 
 
 class KVCache:
-    """The keys and values of every token read so far, so that no token is read twice.
+    """The keys and values of all previous tokens, so that each token is computed only once.
 
-    `keys` and `values` have a tensor (B, H, size, D) for each layer, allocated once and written in place; the first
-    `length` positions are filled. size is block_size, or less where less will do. Set `length = 0` to start over.
+    `keys` and `values` hold a tensor (B, H, size, D) per layer, allocated once and written in
+    place; the first `length` positions are filled. size is at most block_size, which is the
+    default. Set `length = 0` to start over.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, device=None, dtype=None, size: int | None = None):
-        self.size, self.length = size or config.block_size, 0
-        shape = (batch_size, config.n_head, self.size, config.n_embd // config.n_head)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        size: int | None = None,
+    ):
+        if size is None:
+            size = config.block_size
+        self.size = size
+        self.length = 0
+        self.positions = torch.arange(0, device=device)  # of the tokens being computed
+        shape = (batch_size, config.n_head, size, config.n_embd // config.n_head)
+        layers = range(config.n_layer)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
 
     def advance(self, T: int) -> torch.Tensor:
-        """Make room for T more tokens. Returns their `positions`, (T,), which stay until the next call."""
-        start, self.length = self.length, self.length + T
-        self.positions = torch.arange(start, self.length, device=self.keys[0].device)
+        """Make room for T more tokens. Returns their positions, (T,).
+
+        Raises ValueError if they do not fit.
+        """
+        start = self.length
+        end = start + T
+        if end > self.size:
+            raise ValueError(f"{end} tokens exceed the size of the cache ({self.size})")
+        self.length = end
+        self.positions = torch.arange(start, end, device=self.positions.device)
         return self.positions
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Store a layer's k and v, each (B, H, T, D), where `advance` made room; a single row goes to all rows.
+    def append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Store a layer's keys and values, (B, H, T, D) each, where `advance` made room.
 
-        Returns all keys and values of the layer, (B, H, S, D), and the mask for T queries, (T, S), True where a query
-        may look; None where it is the plain triangle, or a single query that may see everything.
+        A prompt that all rows share may come as one row: it is broadcast to all of them.
+
+        Returns the keys and values of all tokens so far, (B, H, S, D) each, and the mask (T, S),
+        True where a query sees a key. A single query sees every key: its mask is None.
         """
-        T, S = k.size(2), self.length
+        rows, _, T, _ = k.shape
+        S = self.length
         self.keys[layer][:, :, S - T : S] = k
         self.values[layer][:, :, S - T : S] = v
-        mask = torch.arange(S, device=k.device) <= self.positions[:, None] if 1 < T < S else None
-        return self.keys[layer][: len(k), :, :S], self.values[layer][: len(k), :, :S], mask
+        mask = None
+        if T > 1:
+            mask = torch.arange(S, device=k.device) <= self.positions[:, None]
+        return self.keys[layer][:rows, :, :S], self.values[layer][:rows, :, :S], mask

@@ -2,57 +2,74 @@
 
 python train.py config/shakespeare.py                      start here: minutes, on anything
 python train.py config/shakespeare.py --max_iters=200      settings come from config files and flags
+python train.py --out_dir=out/shakespeare                  resume a run with its own settings
 torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs
 
-Run the same command again to resume. A run writes to out_dir: last.pt (to resume from), best.pt (the lowest validation
-loss) and metrics.jsonl.
+Run the same command again to resume. A run writes to out_dir: last.pt (to resume from), best.pt
+(the lowest validation loss) and metrics.jsonl.
 """
 
 import math
+import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
-from support.checkpoint import ADVICE, RANDOM_INIT, Run, load_weights
+from support.checkpoint import (
+    RANDOM_INIT,
+    Run,
+    find_checkpoint,
+    model_from_checkpoint,
+    previous_settings,
+    read_checkpoint,
+)
 from support.dataset import DATA, open_dataset
 from support.kernels import choose_kernels
 from support.muon import Muon
 from support.pretrained import HUB, check_same_tokens, load_pretrained
-from support.runtime import Ranks, advice, best_dtype, compile_now
-from support.settings import UserError, run_script, setting
+from support.runtime import Ranks, StopSignals, advice, best_dtype, compile_now, mfu, share
+from support.settings import UserError, run_script, setting, user_error
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each
 
 
 @dataclass
 class Settings:
     # the defaults train GPT-2 (124M) on half a million tokens per step
     out_dir: str = setting("out", "folder for checkpoints and metrics")
-    init_from: str = setting("auto", "auto (resume a run in out_dir, else scratch), resume, scratch, gpt2, or a folder")
+    init_from: str = setting(
+        "auto", "auto (resume a run in out_dir, else scratch), resume, scratch, gpt2, or a folder"
+    )
     seed: int = setting(1337, "random seed for initial weights, batches and dropout", 0, 2**63 - 1)
     # data
     dataset: str = setting("openwebtext", "folder in data/, made by prepare_data.py")
     batch_size: int = setting(12, "most sequences per micro-batch", 1, 1 << 24)
-    gradient_accumulation_steps: int = setting(40, "times batch_size, the sequences per step", 1, 1 << 24)
+    gradient_accumulation_steps: int = setting(
+        40, "times batch_size, the sequences per step", 1, 1 << 24
+    )
     block_size: int = setting(1024, "context length: tokens per sequence", 1, 1 << 24)
     # model
     n_layer: int = setting(12, "transformer blocks", 1, 10_000)
     n_head: int = setting(12, "attention heads per block", 1, 10_000)
     n_embd: int = setting(768, "width, a multiple of n_head", 1, 1 << 20)
-    dropout: float = setting(0.0, "share of activations set to zero: 0.1 or more for little data", 0.0, 0.99)
+    dropout: float = setting(
+        0.0, "share of activations set to zero: 0.1 or more for little data", 0.0, 0.99
+    )
     bias: bool = setting(False, "give Linear and LayerNorm layers biases, as GPT-2 has")
     # optimiser
-    optimizer: str = setting("adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon"))
+    optimizer: str = setting(
+        "adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon")
+    )
     learning_rate: float = setting(6e-4, "peak learning rate", 0.0)
     max_iters: int = setting(600_000, "steps to train for", 1)
     weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and norms", 0.0)
@@ -60,30 +77,50 @@ class Settings:
     beta2: float = setting(0.95, "decay of the squared gradient's running mean", 0.0, 0.99999)
     grad_clip: float = setting(1.0, "largest gradient norm, 0 for no limit", 0.0)
     decay_lr: bool = setting(True, "warm up, then decay the learning rate; False keeps it constant")
-    warmup_iters: int | None = setting(None, "steps of linear warm-up, by default 2000 or a tenth of the run", 0)
-    lr_decay_iters: int | None = setting(None, "step at which the learning rate reaches min_lr, or max_iters", 1)
+    warmup_iters: int | None = setting(
+        None, "steps of linear warm-up, by default 2000 or a tenth of the run", 0
+    )
+    lr_decay_iters: int | None = setting(
+        None, "step at which the learning rate reaches min_lr, or max_iters", 1
+    )
     min_lr: float | None = setting(None, "final learning rate, by default a tenth of the peak", 0.0)
     # evaluation, logs, checkpoints
     eval_interval: int = setting(2000, "steps between evaluations, each of which also saves", 1)
     eval_iters: int = setting(200, "batches per evaluation, 0 for the whole validation split", 0)
     eval_only: bool = setting(False, "evaluate once and exit")
-    patience: int = setting(0, "stop after this many evaluations without improvement, 0 for never", 0)
+    patience: int = setting(
+        0, "stop after this many evaluations without improvement, 0 for never", 0
+    )
     save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", 0)
-    save_minutes: float = setting(10.0, "most minutes between saves, 0 to save after every step", 0.0)
+    keep_interval: int = setting(0, "steps between checkpoints that are kept, 0 for none", 0)
+    save_minutes: float = setting(
+        10.0, "most minutes between saves, 0 to save after every step", 0.0
+    )
     log_interval: int = setting(10, "steps between log lines", 1)
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best available")
-    dtype: str = setting("auto", "number type of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting(
+        "auto", "number type of matrix products", choices=("auto", "float32", "bfloat16", "float16")
+    )
     compile: bool = setting(True, "torch.compile the model: slow to start, then faster")
-    activation_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    activation_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
     deterministic: bool = setting(False, "the same bits in every run, even where that is slower")
-    backend: str = setting("auto", "of torch.distributed; auto is nccl on GPUs", choices=("auto", "nccl", "gloo"))
+    backend: str = setting(
+        "auto", "of torch.distributed; auto is nccl on GPUs", choices=("auto", "nccl", "gloo")
+    )
     timeout: int = setting(600, "seconds that a rank waits for another", 1)
 
     def __post_init__(self):
-        resuming = Path(self.out_dir, "last.pt").exists()  # its weights count, and the folder may be gone
-        if self.init_from not in RANDOM_INIT + HUB and not Path(self.init_from).is_dir() and not resuming:
-            raise UserError(f"--init_from={self.init_from} is not a folder or one of {', '.join(RANDOM_INIT + HUB)}")
+        self.given = asdict(self)  # before None is replaced: what a checkpoint remembers
+        resuming = Path(self.out_dir, "last.pt").exists()  # then init_from may be gone
+        known = RANDOM_INIT + HUB
+        if self.init_from not in known and not Path(self.init_from).exists() and not resuming:
+            raise UserError(
+                f"--init_from={self.init_from} is not a folder, a checkpoint or one of "
+                f"{', '.join(known)}"
+            )
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         if self.warmup_iters is None:
@@ -93,14 +130,16 @@ class Settings:
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.warmup_iters > self.lr_decay_iters:
-            raise UserError(f"warmup_iters ({self.warmup_iters}) is more than lr_decay_iters ({self.lr_decay_iters})")
+            raise UserError(
+                f"warmup_iters ({self.warmup_iters}) is more than lr_decay_iters ({self.lr_decay_iters})"
+            )
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr ({self.min_lr}) is above learning_rate ({self.learning_rate})")
 
 
 def learning_rate(step: int, s: Settings) -> float:
-    """The learning rate of update number step, from 0: linear warm-up, then half a cosine (Loshchilov & Hutter 2017,
-    equation 5) from learning_rate down to min_lr."""
+    """The learning rate of a step, the first of which is 0: linear warm-up, then half a cosine
+    from learning_rate down to min_lr (Loshchilov & Hutter 2017, equation 5)."""
     if not s.decay_lr:
         return s.learning_rate
     if step < s.warmup_iters:
@@ -114,79 +153,138 @@ def learning_rate(step: int, s: Settings) -> float:
 def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019): matrices and embeddings decay, biases and norms do not.
 
-    With optimizer=muon the matrices of the blocks go to Muon (Jordan et al. 2024) instead, whose update is their
-    momentum made orthogonal. It is scaled to the size of AdamW's (Liu et al. 2025), so both share one schedule.
+    With optimizer=muon, Muon (Jordan et al. 2024) updates the matrices of the blocks instead. Its
+    update is scaled to the size of AdamW's (Liu et al. 2025), so both share one schedule.
     """
-    matrices, vectors, muon, fused = [], [], [], []
+    matrices = []
+    vectors = []
+    muon_matrices = []
+    muon_qkv = []  # Q, K and V on top of each other, which Muon has to treat one by one
     for name, p in model.named_parameters():
         if p.dim() < 2:
             vectors.append(p)
-        elif s.optimizer != "muon" or not name.startswith("h."):
+        elif s.optimizer == "adamw" or not name.startswith("h."):
             matrices.append(p)
+        elif name.endswith("c_attn.weight"):
+            muon_qkv.append(p)
         else:
-            (fused if name.endswith("c_attn.weight") else muon).append(p)
+            muon_matrices.append(p)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    settings = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "weight_decay": s.weight_decay}
-    settings["fused"] = matrices[0].device.type != "mps"  # which may skip no step (PyTorch issue 186360)
-    if s.optimizer == "muon":
-        return Muon([*groups, {"params": muon, "splits": 1}, {"params": fused, "splits": 3}], **settings)  # Q, K and V
-    return torch.optim.AdamW(groups, **settings)
+    options = {
+        "lr": s.learning_rate,
+        "betas": (s.beta1, s.beta2),
+        "weight_decay": s.weight_decay,
+        "fused": matrices[0].device.type != "mps",  # where it may ignore a scaler (PyTorch 186360)
+    }
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    groups.append({"params": muon_matrices, "splits": 1})
+    groups.append({"params": muon_qkv, "splits": 3})
+    return Muon(groups, **options)
 
 
 def load_windows(tokens: np.ndarray, starts: np.ndarray, config: GPTConfig) -> Batch:
-    """Inputs and targets, each (len(starts), block_size): the target of a token is the token after it.
+    """Inputs and targets, (len(starts), block_size) each: a token's target is the next token.
 
-    Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without saying why.
+    Raises UserError for an id outside the vocabulary: on a GPU an embedding would crash without
+    saying why.
     """
-    windows = np.stack([tokens[start : start + config.block_size + 1] for start in starts]).astype(np.int64)
+    windows = np.stack([tokens[start : start + config.block_size + 1] for start in starts])
+    windows = windows.astype(np.int64)
     if windows.max() >= config.vocab_size:
-        raise UserError(f"the data has the token id {windows.max()}, outside the vocabulary of {config.vocab_size}")
+        raise UserError(
+            f"the data has the token id {windows.max()}, outside the vocabulary of "
+            f"{config.vocab_size}"
+        )
     # contiguous, so that a pinned copy can go to a GPU as it is
-    return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
+    x = torch.from_numpy(windows[:, :-1].copy())
+    y = torch.from_numpy(windows[:, 1:].copy())
+    return x, y
 
 
-def training_batch(tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int) -> Batch:
-    """Sequences first to first + n of step's global batch. They depend on nothing but the seed, the step and their
-    place in the batch: not on the number of ranks, nor on where the run was interrupted."""
-    starts = np.random.default_rng((seed, step)).integers(len(tokens) - config.block_size, size=first + n)[first:]
-    return load_windows(tokens, starts, config)
+def training_batch(
+    tokens: np.ndarray, config: GPTConfig, seed: int, step: int, first: int, n: int
+) -> Batch:
+    """Sequences first to first + n of a step's global batch.
+
+    They depend on nothing but the seed, the step and their place in the batch: neither on the
+    number of ranks nor on where the run was interrupted.
+    """
+    random = np.random.default_rng((seed, step))
+    starts = random.integers(len(tokens) - config.block_size, size=first + n)
+    return load_windows(tokens, starts[first:], config)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on device. To CUDA, from pinned memory, the copy needs no wait."""
-    cuda = device.type == "cuda"
-    return tuple((t.pin_memory() if cuda else t).to(device, non_blocking=cuda) for t in batch)
+    """The batch on device. From pinned memory, the copy to CUDA does not synchronise."""
+    x, y = batch
+    if device.type != "cuda":
+        return x.to(device), y.to(device)
+    x = x.pin_memory().to(device, non_blocking=True)
+    y = y.pin_memory().to(device, non_blocking=True)
+    return x, y
 
 
 @torch.inference_mode()
-def evaluate(model: MiniGPT, tokens: np.ndarray, batch_size: int, eval_iters=0, ranks: Ranks | None = None) -> float:
-    """Mean loss over evenly spaced, non-overlapping windows of tokens, the same ones every time.
+def evaluate(
+    model: MiniGPT,
+    tokens: np.ndarray,
+    batch_size: int,
+    eval_iters: int = 0,
+    ranks: Ranks | None = None,
+    signals: StopSignals | None = None,
+) -> float | None:
+    """Mean loss over evenly spaced, non-overlapping windows of tokens, always the same ones.
 
-    All of the split for eval_iters = 0, otherwise eval_iters batches; every rank reads its share.
+    All of the split for eval_iters = 0, otherwise at most eval_iters x batch_size windows. Each
+    rank evaluates its share. Returns None if one of `signals` has come on any rank.
     """
-    device, block_size = next(model.parameters()).device, model.config.block_size
-    rank, size = (ranks.rank, ranks.size) if ranks else (0, 1)
-    n_windows = (len(tokens) - 1) // block_size
-    n = min(n_windows, eval_iters * batch_size) or n_windows
-    starts = np.arange(n) * n_windows // n * block_size
-    batches = np.array_split(starts, math.ceil(n / batch_size))
+    device = next(model.parameters()).device
+    config = model.config
+    rank, n_ranks = 0, 1
+    if ranks is not None:
+        rank, n_ranks = ranks.rank, ranks.size
+    n_windows = (len(tokens) - 1) // config.block_size
+    n = n_windows
+    if eval_iters > 0:
+        n = min(n_windows, eval_iters * batch_size)
+    starts = np.arange(n) * n_windows // n * config.block_size
+    # in float32, the logits of a batch should stay within 1 GB
+    most = max(1, 2**28 // (config.block_size * config.vocab_size))
+    batches = np.array_split(starts, math.ceil(n / min(batch_size, most)))
+
     total = torch.zeros((), device=device)
+    shown = time.monotonic()
     model.eval()
-    for first in range(0, len(batches), size):  # as many on each rank, so that a model that communicates can't hang
-        batch = batches[min(first + rank, len(batches) - 1)]
-        _, loss = model(*to_device(load_windows(tokens, batch, model.config), device))
-        if first + rank < len(batches):
+    for first in range(0, len(batches), n_ranks):
+        # Every rank runs the model equally often, or the collectives of a sharded model deadlock.
+        mine = first + rank
+        batch = batches[min(mine, len(batches) - 1)]
+        _, loss = model(*to_device(load_windows(tokens, batch, config), device))
+        if mine < len(batches):
             total += loss * len(batch)
+        if signals is not None and signals.agreed():
+            model.train()
+            return None
+        if ranks is not None and time.monotonic() > shown + 10:
+            shown = time.monotonic()
+            ranks.say(f"evaluating: {first / len(batches):.0%}")
     model.train()
-    return (ranks.sum(total) if ranks else total).item() / n
+    if ranks is not None:
+        ranks.sum(total)
+    return total.item() / n
 
 
 def find_dataset(name: str) -> str:
-    """The dataset to train on: name, prepared if it is built in and missing, or python_docs if that fails offline."""
+    """The dataset to train on: name, prepared here if it is built in and missing.
+
+    Offline it is python_docs, where shakespeare can't be downloaded.
+    """
     if (DATA / name / "train.bin").exists() or name not in BUILT_IN:
         return name
     try:
-        prepare(name)
+        with user_error(f"can't write {DATA / name}", OSError):
+            prepare(name)
         return name
     except UserError as error:
         if name != "shakespeare":
@@ -195,107 +293,218 @@ def find_dataset(name: str) -> str:
         return find_dataset("python_docs")
 
 
+def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
+    """A model to begin a run with: random weights, those of another run, or pretrained ones.
+
+    Raises UserError where it does not fit the dataset that meta describes.
+    """
+    if init_from in RANDOM_INIT:
+        return MiniGPT(
+            GPTConfig(
+                block_size=s.block_size,
+                vocab_size=meta["vocab_size"],
+                n_layer=s.n_layer,
+                n_head=s.n_head,
+                n_embd=s.n_embd,
+                dropout=s.dropout,
+                bias=s.bias,
+            )
+        )
+    path = Path(init_from)
+    if path.is_file() or (path / "last.pt").is_file():
+        path = find_checkpoint(init_from)
+        state = read_checkpoint(path)
+        model = model_from_checkpoint(state, path, s.dropout)
+        if model.config.block_size != s.block_size:
+            raise UserError(
+                f"{path} has a block_size of {model.config.block_size}: "
+                f"give --block_size={model.config.block_size}"
+            )
+        return model
+    model = load_pretrained(init_from, s.block_size, s.dropout).train()
+    check_same_tokens(init_from, model.config.vocab_size, meta)
+    return model
+
+
+def checkpoint_state(
+    model: MiniGPT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    s: Settings,
+    meta: dict[str, Any],
+    **progress: Any,
+) -> dict[str, Any]:
+    """All that a resumed run needs to end with the same bits. meta describes the dataset."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "config": s.given,
+        "model_args": asdict(model.config),
+        "tokenizer": meta,
+        **progress,
+    }
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps, or never for 0, is due after step."""
+    return interval > 0 and step > 0 and step % interval == 0
+
+
+def time_left(step: int, s: Settings, step_seconds: float, eval_seconds: float) -> str:
+    """How long the rest of the run takes, as H:MM:SS, with its evaluations and saves."""
+    n_evals = math.ceil(s.max_iters / s.eval_interval) - step // s.eval_interval
+    seconds = (s.max_iters - step) * step_seconds + n_evals * eval_seconds
+    return f"{timedelta(seconds=round(seconds))} left"
+
+
 @advice()
 def main(s: Settings) -> None:
-    ranks = Ranks(s.device, s.backend, s.timeout)  # one process per rank, each with a device and its share of a step
+    # one process per rank, each with a device and its share of a step
+    ranks = Ranks(s.device, s.backend, s.timeout)
     device = ranks.device
-    rows, micro_steps = ranks.share(s.batch_size, s.gradient_accumulation_steps)
-    dtype = best_dtype(device) if s.dtype == "auto" else s.dtype
+    micro_batch_size, micro_steps = share(s.batch_size, s.gradient_accumulation_steps, ranks.size)
+    dtype = s.dtype
+    if dtype == "auto":
+        dtype = best_dtype(device)
     autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
-    kernels = choose_kernels(device, s.compile, s.deterministic)
+    n_scores = micro_batch_size * s.n_head * s.block_size**2
+    choose_kernels(device, dtype, n_scores, s.deterministic)
 
     # data
-    train_tokens, val_tokens, meta = open_dataset(ranks.from_first(find_dataset, s.dataset), s.block_size)
+    dataset = ranks.from_first(find_dataset, s.dataset)
+    train_tokens, val_tokens, meta = open_dataset(dataset, s.block_size)
 
-    # model: that of the run in out_dir, or pretrained weights, or a new one
+    # model: that of the run in out_dir, or a new one
     run = Run(s.out_dir, ranks, read_only=s.eval_only)
     state = run.resume(s.init_from)
-    init_from = state["init_from"] if state else s.init_from
     torch.manual_seed(s.seed)
-    if state:
-        run.check(state, meta, asdict(s))
-        model = MiniGPT(GPTConfig(**(state["model_args"] | {"dropout": s.dropout})))
-        load_weights(model, state["model"], run.last)
-    elif init_from in RANDOM_INIT:
-        model = MiniGPT(GPTConfig(s.block_size, meta["vocab_size"], s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
+    if state is not None:
+        run.check(state, meta, s.given)
+        init_from = state["init_from"]
+        model = model_from_checkpoint(state, run.last, s.dropout)
     else:
-        model = load_pretrained(init_from, s.block_size, s.dropout).train()
-        check_same_tokens(init_from, model.config.vocab_size, meta)
-    if s.activation_checkpointing:
-        for layer, block in enumerate(model.h):
-            model.h[layer] = checkpoint_wrapper(block)
+        init_from = s.init_from
+        model = initial_model(init_from, s, meta)
+    model.activation_checkpointing = s.activation_checkpointing
     model.to(device)
     optimizer = make_optimizer(model, s)
-    # keeps small float16 gradients above zero (Micikevicius et al. 2018), and skips steps that are not finite for all
+    # In float16 the scaler keeps small gradients above zero (Micikevicius et al. 2018). Otherwise
+    # it stays at 1, and is there to skip steps whose gradient is not finite.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == "float16" else 1.0)
 
-    step, best_val_loss, worse_evals, seconds = 0, math.inf, 0, 0.0
-    if state:
-        # the optimiser's moments as they were; lr, betas, ... from this command
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-        if dtype == "float16" and state["scaler"]["scale"] > 1:  # it is 1 if the run had another type
+    step = 0
+    evaluated = 0  # step of the last evaluation
+    best_val_loss = math.inf
+    worse_evals = 0  # evaluations since the best one
+    seconds = 0.0
+    if state is not None:
+        # the optimiser's moments as they were; learning rate, betas, ... from this command
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        if dtype == "float16" and state["scaler"]["scale"] > 1:  # 1: the run had another dtype
             scaler.load_state_dict(state["scaler"])
-        step, seconds, worse_evals = state["step"], state["seconds"], state["worse_evals"]
+        step = state["step"]
+        evaluated = state["evaluated"]
         best_val_loss = state["best_val_loss"]
+        worse_evals = state["worse_evals"]
+        seconds = state["seconds"]
     del state  # as large as the model and its optimiser
 
-    tokens_per_step = ranks.size * micro_steps * rows * s.block_size
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    epochs = s.max_iters * tokens_per_step / len(train_tokens)
     ranks.say(
         f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}\n"
         f"data: {meta['dataset']}, from {meta['source']}\n"
         f"      {len(train_tokens):,} training tokens, vocabulary of {meta['vocab_size']:,}\n"
-        f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, {micro_steps} x {rows} sequences each"
+        f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, "
+        f"{micro_steps} x {micro_batch_size} sequences each\n"
+        f"run: {s.max_iters:,} steps, {epochs:,.1f} epochs: "
+        f"each token is read {epochs:,.1f} times"
     )
-    if not s.eval_only and (step >= s.max_iters or 0 < s.patience <= worse_evals):
-        ranks.say(f"nothing to train: {run.folder} is finished at step {step}, with a loss of {best_val_loss:.4f}")
-        ranks.say(f"to train longer raise --max_iters, to start over delete {run.folder}")
+    stopped_early = 0 < s.patience <= worse_evals
+    if not s.eval_only and (stopped_early or evaluated >= s.max_iters):
+        ranks.say(
+            f"nothing to train: {run.folder} is finished at step {step}, "
+            f"with a loss of {best_val_loss:.4f}\n"
+            f"to train longer raise --max_iters, to start over delete {run.folder}"
+        )
         return ranks.leave()
 
-    # network is what a step calls, the model compiled and in DDP; model is what is evaluated and saved
-    network = torch.compile(model) if s.compile else model
+    # network is what a step calls: the model, compiled and in DDP. model is evaluated and saved.
+    network = model
+    if s.compile:
+        options = {"deterministic": True} if s.deterministic else None
+        network = torch.compile(model, options=options)
     if ranks.size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     if s.compile and not s.eval_only:
-        batch = to_device(training_batch(train_tokens, model.config, s.seed, 0, 0, rows), device)
-        compile_now(network, model, batch, autocast, ranks)
+        batch = training_batch(train_tokens, model.config, s.seed, 0, 0, micro_batch_size)
+        compile_now(network, model, to_device(batch, device), autocast, ranks)
 
-    ranks.catch_signals()
-    run.start(step, seconds)
-    first_step = log_step = step
-    log_time, not_finite, skipped = time.perf_counter(), 0, torch.zeros((), device=device)
+    signals = StopSignals(ranks)
+    run.start(step, evaluated, seconds)
+    log_step = step
+    log_time = time.perf_counter()  # moved on by pauses, so that it counts training only
+    eval_seconds = 0.0
+    not_finite = 0  # log lines in a row
+    skipped = torch.zeros((), device=device)
+    max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
+
+    def save():
+        progress = {
+            "init_from": init_from,
+            "step": step,
+            "evaluated": evaluated,
+            "best_val_loss": best_val_loss,
+            "worse_evals": worse_evals,
+            "seconds": run.seconds(),
+        }
+        run.save(checkpoint_state(model, optimizer, scaler, s, meta, **progress))
+
     while True:
-        # Each turn: evaluate, save and stop where due, then train one step; so the end needs no code of its own.
-        # stop is the number of a signal, or 0: all ranks agree on it, and on whether a timed save is due
-        stop, overdue = ranks.maximum(ranks.signal, time.monotonic() - run.last_save > 60 * s.save_minutes)
+        # Save, evaluate and stop where due, then train one step. All ranks agree on what is due.
         pause = time.perf_counter()
+        stop, overdue = ranks.maximum(signals.received, run.minutes_unsaved() > s.save_minutes)
         finished = step >= s.max_iters
-        evaluating = s.eval_only or (step > first_step and (finished or step % s.eval_interval == 0))
-        if evaluating:
-            with autocast, kernels:
-                val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks)
-            worse_evals = 0 if val_loss < best_val_loss else worse_evals + 1
-            best_val_loss = min(best_val_loss, val_loss)
-            bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"] if "val_bytes" in meta else None
-            run.log(step, s.max_iters, val_loss=val_loss, perplexity=math.exp(min(val_loss, 700)), bits_per_byte=bits)
-        saving = step > first_step and (overdue or (s.save_interval and step % s.save_interval == 0))
-        if evaluating or stop or saving:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "step": step,
-                "best_val_loss": best_val_loss,
-                "worse_evals": worse_evals,
-                "seconds": time.perf_counter() - run.start_time,
-                "config": asdict(s),
-                "init_from": init_from,
-                "model_args": asdict(model.config),
-                "tokenizer": meta,
-            }
-            if evaluating and worse_evals == 0:
-                run.save("best.pt", state)
-            run.save("last.pt", state)
-        if finished or stop or s.eval_only or 0 < s.patience <= worse_evals:
+        evaluating = evaluated < step and (finished or due(step, s.eval_interval))
+        keeping = due(step, s.keep_interval)
+        saving = stop or overdue or evaluating or keeping or due(step, s.save_interval)
+        if saving and run.saved_step < step and not s.eval_only:
+            save()
+        if keeping:
+            run.keep(f"step_{step:07}.pt")
+        if stop:
+            break
+        if evaluating or s.eval_only:
+            with autocast:
+                val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks, signals)
+            if val_loss is None:
+                continue  # a signal has come: stop, and evaluate after the resume
+            evaluated = step
+            worse_evals += 1
+            if val_loss < best_val_loss:
+                best_val_loss = val_loss
+                worse_evals = 0
+                run.keep("best.pt")
+            bits = None
+            if "val_bytes" in meta:
+                bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
+            run.log(
+                step,
+                s.max_iters,
+                val_loss=val_loss,
+                perplexity=math.exp(min(val_loss, 700)),
+                bits_per_byte=bits,
+            )
+            if worse_evals == 2 and not s.patience:
+                ranks.say(
+                    f"no better than {best_val_loss:.4f} at two evaluations in a row: best.pt has "
+                    "the best weights; --patience=2 would stop here, fewer --max_iters earlier"
+                )
+            eval_seconds = time.perf_counter() - pause
+        stopped_early = 0 < s.patience <= worse_evals
+        if finished or stopped_early or s.eval_only:
             break
         log_time += time.perf_counter() - pause
 
@@ -305,48 +514,79 @@ def main(s: Settings) -> None:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
-            first = (micro_step * ranks.size + ranks.rank) * rows
-            x, y = to_device(training_batch(train_tokens, model.config, s.seed, step, first, rows), device)
-            if s.dropout:  # masks that can be drawn again after a resume
+            first = (micro_step * ranks.size + ranks.rank) * micro_batch_size
+            batch = training_batch(
+                train_tokens, model.config, s.seed, step, first, micro_batch_size
+            )
+            x, y = to_device(batch, device)
+            if s.dropout > 0:  # the same masks after a resume
                 seeds = np.random.SeedSequence((s.seed, step, micro_step, ranks.rank))
                 torch.manual_seed(int(seeds.generate_state(1)[0]))
-            syncing = ranks.size == 1 or micro_step == micro_steps - 1  # one all-reduce per step
-            with kernels, nullcontext() if syncing else network.no_sync():
+            synchronise = nullcontext()
+            if ranks.size > 1 and micro_step < micro_steps - 1:
+                synchronise = network.no_sync()  # one all-reduce per step is enough
+            with synchronise:
                 with autocast:
                     _, micro_loss = network(x, y)
                 scaler.scale(micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)  # skipped where the gradient is not finite
         scaler.update(None if dtype == "float16" else 1.0)
         model.zero_grad()
-        skipped += ~grad_norm.isfinite()  # stays on the device, so that nothing waits
+        skipped += grad_norm.isfinite().logical_not()  # on the device: does not synchronise
         step += 1
 
-        if step % s.log_interval == 0 or step == 1:
-            loss, grad_norm = ranks.sum(loss).item() / ranks.size, grad_norm.item()  # the only wait for the device
+        if step == 1 or step % s.log_interval == 0:
+            loss = ranks.sum(loss).item() / ranks.size  # synchronises with the device
+            grad_norm = grad_norm.item()
             now = time.perf_counter()
-            step_time, log_time, log_step = (now - log_time) / (step - log_step), now, step
-            rate = tokens_per_step / step_time
-            speed = {"tokens_per_sec": rate, "ms_per_step": 1000 * step_time, "mfu": ranks.mfu(model, rate)}
-            note = f"{timedelta(seconds=round((s.max_iters - step) * step_time))} left"
-            note += f" | {int(skipped)} skipped: gradient not finite" if skipped else ""
-            run.log(step, s.max_iters, note, loss=loss, lr=lr, grad_norm=grad_norm, **speed)
-            good = math.isfinite(loss) and (dtype == "float16" or math.isfinite(grad_norm))
-            not_finite = 0 if good else not_finite + 1
+            step_seconds = (now - log_time) / (step - log_step)
+            log_time = now
+            log_step = step
+            tokens_per_sec = tokens_per_step / step_seconds
+            flops_per_sec = tokens_per_sec * model.flops_per_token() / ranks.size
+            note = time_left(step, s, step_seconds, eval_seconds)
+            if skipped > 0:
+                note += f" | {int(skipped)} skipped: gradient not finite"
+            run.log(
+                step,
+                s.max_iters,
+                note,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens_per_sec=tokens_per_sec,
+                ms_per_step=1000 * step_seconds,
+                mfu=mfu(flops_per_sec, device),
+            )
+            not_finite += 1
+            if math.isfinite(loss) and (dtype == "float16" or math.isfinite(grad_norm)):
+                not_finite = 0
             if not_finite == 3:
-                raise UserError(f"loss or gradient not finite in three log lines in a row, to step {step}: {ADVICE}")
+                raise UserError(
+                    f"loss or gradient not finite in three log lines in a row, to step {step}: "
+                    f"{run.way_back()}"
+                )
 
+    if not stop and not s.eval_only:
+        save()  # now with the last evaluation
+    signals.restore()
     if run.unsaved:
-        raise UserError(f"{' and '.join(sorted(run.unsaved))} could not be saved in {run.folder}: see above")
+        names = " and ".join(sorted(run.unsaved))
+        raise UserError(f"{names} could not be saved in {run.folder}: see above")
     if stop:
         ranks.say(f"interrupted: saved at step {step}; run the same command to resume")
     elif not s.eval_only:
-        ranks.say(f"done: best validation loss {best_val_loss:.4f}" + ("" if finished else ", stopping early"))
-        ranks.say(f"in this repository: python sample.py --out_dir={s.out_dir}")
-    ranks.leave(by_signal=int(stop))
+        early = ", stopped early" if stopped_early else ""
+        ranks.say(f"done: best validation loss {best_val_loss:.4f}{early}")
+        ranks.say(f"next: python sample.py --out_dir={s.out_dir}")
+    ranks.leave()
+    if stop:
+        signal.raise_signal(int(stop))  # so that a shell or torchrun sees why this process ended
 
 
 if __name__ == "__main__":
-    record(run_script)(main, Settings, __doc__)  # lets torchrun say which rank failed, and why
+    # record lets torchrun say which rank failed, and why
+    record(run_script)(main, Settings, __doc__, previous=previous_settings)

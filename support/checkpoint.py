@@ -1,30 +1,41 @@
-"""Files that are whole at every moment, and a run's folder: checkpoints, metrics and a lock."""
+"""Files that are written atomically, and a run's folder: checkpoints, metrics and a lock."""
 
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import torch
 
+from model import GPTConfig, MiniGPT
 from support.runtime import Ranks
 from support.settings import UserError, user_error
 
-ADVICE = "try a lower --learning_rate, a longer --warmup_iters, a --grad_clip of 1.0, or --dtype=float32"
 RANDOM_INIT = ("auto", "resume", "scratch")  # init_from where a run begins with random weights
-FORMATS = {"loss": "loss {:7.4f}", "lr": "lr {:.2e}", "grad_norm": "grad norm {:7.3f}"}  # of what log prints
-FORMATS |= {"tokens_per_sec": "{:>9,.0f} tok/s", "mfu": "MFU {:.1%}", "val_loss": "validation loss {:.4f}"}
-FORMATS |= {"perplexity": "perplexity {:.2f}", "bits_per_byte": "{:.3f} bits per byte"}
+
+# what a log line shows of the values, in this order
+FORMATS = {
+    "loss": "loss {:7.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad norm {:7.3f}",
+    "tokens_per_sec": "{:>9,.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+    "val_loss": "validation loss {:.4f}",
+    "perplexity": "perplexity {:,.4g}",
+    "bits_per_byte": "{:.3f} bits per byte",
+}
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write path by write(file), so that at every moment path is a whole file, the old one or the new one."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write path by write(file): a crash leaves the old file or the new one, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -37,15 +48,32 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Make path a second name of the file source, or a copy where the file system has no links."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def lock(path: Path) -> TextIO:
-    """Lock the file at path until this process ends, however it ends. Raises UserError if another process has it."""
+    """Lock the file at path until this process ends, in whatever way it ends.
+
+    Raises UserError if another process holds the lock. A file system without locks is not locked.
+    """
     with user_error(f"can't write to {path.parent}", OSError):
         file = path.open("a")
-    problem, held = f"another process is writing to {path.parent}", (BlockingIOError, PermissionError)
-    with suppress(OSError), user_error(problem, *held, advice="wait for it, or write elsewhere"):  # or has no locks
+    try:
         if os.name == "nt":
             import msvcrt
 
@@ -54,44 +82,88 @@ def lock(path: Path) -> TextIO:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise UserError(
+            f"another process is writing to {path.parent}: wait for it, or write elsewhere"
+        ) from error
+    except OSError:
+        pass
     return file
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
-    """The checkpoint at path, on the CPU; with mmap its tensors are read when they are used. Runs no code in it.
+    """The checkpoint at path, on the CPU. Loading it runs no code.
 
-    Raises UserError for a file that is not there, not whole or not a checkpoint; verify looks at its checksums.
+    With mmap its tensors are read when they are used; verify compares checksums. Raises UserError
+    for a file that is missing, damaged or not a checkpoint.
     """
     try:
         if verify:
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not look
-                    raise ValueError(f"the checksum of {damaged} is wrong")
+                damaged = archive.testzip()  # torch.load does not check
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        return state | {key: state[key] for key in ("model", "model_args", "tokenizer", "step")}  # it has these
+        for key in ("model", "model_args", "tokenizer", "step"):
+            state[key]  # raises an error where it is missing
+        return state
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train first, or give another --out_dir") from error
     except Exception as error:  # damage can show as any
-        raise UserError(f"{path} is not a whole checkpoint of this program ({type(error).__name__})") from error
+        kind = type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint of this program ({kind})") from error
 
 
 def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
-    """The checkpoint called name, with or without .pt, in out_dir; by default best.pt, else last.pt."""
-    names = [name.removesuffix(".pt") + ".pt"] if name else ["best.pt", "last.pt"]
-    for path in (Path(out_dir, name) for name in names):
-        if path.exists():
+    """The checkpoint called name in out_dir, with or without .pt, or at the path name.
+
+    By default best.pt, else last.pt. out_dir may also be a checkpoint itself.
+    """
+    if not name and Path(out_dir).is_file():
+        return Path(out_dir)
+    if not name:
+        candidates = [Path(out_dir, "best.pt"), Path(out_dir, "last.pt")]
+    else:
+        name = name.removesuffix(".pt") + ".pt"
+        candidates = [Path(out_dir, name), Path(name)]
+    for path in candidates:
+        if path.is_file():
             return path
-    runs = " or ".join(sorted({f"--out_dir={p.parent.as_posix()}" for p in Path("out").glob("*/*.pt")}))
-    raise UserError(f"no checkpoint {path}: {'try ' + runs if runs else 'train first, or give another --out_dir'}")
+    folders = sorted({path.parent.as_posix() for path in Path("out").glob("*/*.pt")})
+    advice = "train first, or give another --out_dir"
+    if folders:
+        advice = "try " + " or ".join(f"--out_dir={folder}" for folder in folders)
+    raise UserError(f"no checkpoint {candidates[0]}: {advice}")
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Copy weights, read from path, into model. Raises UserError where names or shapes do not match."""
-    wanted, found = ({name: list(p.shape) for name, p in state.items()} for state in (model.state_dict(), weights))
-    for name in wanted.keys() | found.keys():
-        if wanted.get(name) != found.get(name):
-            raise UserError(f"{path} is of another model: {name} is {found.get(name)} there, {wanted.get(name)} here")
+def model_from_checkpoint(state: dict[str, Any], path: str | Path, dropout: float = 0.0) -> MiniGPT:
+    """The model of a checkpoint that was read from path, in train mode."""
+    model = MiniGPT(replace(GPTConfig(**state["model_args"]), dropout=dropout))
+    load_weights(model, state["model"], path)
+    return model
+
+
+def load_weights(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path
+) -> None:
+    """Copy weights, read from path, into model. Raises UserError where names or shapes differ."""
+    here = {name: list(p.shape) for name, p in model.state_dict().items()}
+    there = {name: list(p.shape) for name, p in weights.items()}
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{path} is of another model: "
+                f"{name} is {there.get(name)} there, {here.get(name)} here"
+            )
     model.load_state_dict(weights)
+
+
+def previous_settings(flags: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the run in the folder that flags name as out_dir; None if there is no run."""
+    path = Path(flags.get("out_dir", ""), "last.pt")
+    if "out_dir" not in flags or not path.is_file():
+        return None
+    return read_checkpoint(path, mmap=True, verify=False).get("config")
 
 
 class Run:
@@ -101,92 +173,199 @@ class Run:
     """
 
     def __init__(self, out_dir: str | Path, ranks: Ranks, read_only: bool = False):
-        self.folder, self.ranks, self.writes = Path(out_dir), ranks, ranks.rank == 0 and not read_only
-        self.last, self.metrics = self.folder / "last.pt", self.folder / "metrics.jsonl"
-        self.lock, self.unsaved, self.last_save = None, set(), time.monotonic()
+        self.folder = Path(out_dir)
+        self.last = self.folder / "last.pt"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.ranks = ranks
+        self.writes = ranks.rank == 0 and not read_only
+        self.unsaved = set()  # names of files that could not be written
+        self.saved_step = -1
+        self.save_time = time.monotonic()  # of the last save
+        self.start_time = time.perf_counter()
+        if self.writes:
+            # Locked before last.pt is looked for, so that two jobs can't both begin a new run.
+            with user_error(f"can't write to {self.folder}", OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder / "lock")
 
     def resume(self, init_from: str) -> dict[str, Any] | None:
-        """The state in last.pt; None for a new run. Raises UserError where init_from insists on the other."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, with the same command
-        if self.writes and self.folder.exists():
-            self.lock = lock(self.folder / "lock")
+        """The state in last.pt, or None for a new run.
+
+        Raises UserError where init_from asks for the other, or where ranks see different files.
+        """
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
         if init_from == "scratch" and self.last.exists() and not restarted:
-            raise UserError(f"{self.last} is a run already: resume it without --init_from, or give another --out_dir")
+            raise UserError(
+                f"{self.last} is a run already: resume it without --init_from, "
+                "or give another --out_dir"
+            )
         state = None
+        step = -1
         if init_from == "resume" or self.last.exists():
-            # On a CPU the optimiser would keep the mapping.
-            state = read_checkpoint(self.last, self.ranks.device.type != "cpu", verify=self.ranks.rank == 0)
-            if "init_from" not in state:
-                raise UserError(f"{self.last} is of an earlier version: resume it there, or give another --out_dir")
+            on_cpu = self.ranks.device.type == "cpu"  # where the optimiser would keep a mapping
+            state = read_checkpoint(self.last, mmap=not on_cpu, verify=self.ranks.rank == 0)
+            if "evaluated" not in state:
+                raise UserError(
+                    f"{self.last} is of an earlier version: resume it there, "
+                    "or give another --out_dir"
+                )
+            step = state["step"]
+        elif init_from in RANDOM_INIT:
+            self.ranks.say(f"no run in {self.folder} yet: a new model with random weights")
         else:
-            origin = "random weights" if init_from in RANDOM_INIT else f"the weights of {init_from}"
-            self.ranks.say(f"no run in {self.folder} yet: a new model with {origin}")
-        step = state["step"] if state else -1
-        if self.ranks.maximum(step, -step) != [step, -step]:
-            raise UserError(f"not all ranks found the same {self.last}: out_dir must be where all machines see it")
+            self.ranks.say(f"no run in {self.folder} yet: starts with the weights of {init_from}")
+        highest, lowest = self.ranks.maximum(step, -step)
+        if highest != -lowest:
+            raise UserError(
+                f"not all ranks found the same {self.last}: "
+                "out_dir must be where all machines see it"
+            )
         return state
 
-    def check(self, state: dict[str, Any], text: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Raise UserError where state, read from last.pt, is of another text, optimiser or model than these."""
-        saved = state["tokenizer"]
-        if any(saved.get(key) != text[key] for key in text if key not in ("dataset", "source")):
-            texts = f"trained on {saved['source']}; data/{text['dataset']}, from {text['source']}, is a different text"
-            advice = f"use the dataset it was trained on or another --out_dir, or delete {self.folder} to start over"
-            raise UserError(f"{self.last} was {texts}: {advice}")
-        saved = state["config"] | {"init_from": state["init_from"]}
-        sizes = [name for name in state["model_args"] if name in settings and name != "dropout"]
-        names = ["optimizer", *(sizes if state["init_from"] in RANDOM_INIT else ["block_size"])]  # the others are given
-        names += ["init_from"] * (settings["init_from"] not in RANDOM_INIT)
-        if different := [name for name in names if saved[name] != settings[name]]:
-            changes = ", ".join(f"{name} {saved[name]}, not {settings[name]}" for name in different)
-            flags = " ".join(f"--{name}={saved[name]}" for name in different)
-            raise UserError(f"{self.last} was trained with {changes}: give {flags}, or another --out_dir")
-        changed = ", ".join(f"{k} {saved.get(k)} -> {v}" for k, v in settings.items() if v != saved.get(k))
-        self.ranks.say(f"resuming {self.last} at step {state['step']}" + (f", changed: {changed}" if changed else ""))
+    def check(self, state: dict[str, Any], meta: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Raise UserError where state, read from last.pt, is of another dataset or model.
 
-    def start(self, step: int, seconds: float) -> None:
-        """Begin to write: make the folder, lock it, and drop the metrics after step, which will be written again."""
+        Otherwise print the settings that differ from the run's, a line for each.
+        """
+        saved = state["tokenizer"]
+        for key in meta:
+            if key not in ("dataset", "source") and saved.get(key) != meta[key]:
+                raise UserError(
+                    f"{self.last} was trained on {saved['source']}; data/{meta['dataset']}, from "
+                    f"{meta['source']}, is a different text: use the dataset it was trained on, "
+                    f"delete {self.folder} to start over, or begin a new run with its weights: "
+                    f"--init_from={self.folder} --out_dir=NEW"
+                )
+        saved = state["config"] | {"init_from": state["init_from"]}
+        fixed = ["optimizer", "block_size"]
+        if state["init_from"] in RANDOM_INIT:
+            fixed += [name for name in state["model_args"] if name in settings]
+            fixed.remove("dropout")
+        if settings["init_from"] not in RANDOM_INIT:
+            fixed.append("init_from")
+        for name in fixed:
+            if saved[name] != settings[name]:
+                raise UserError(
+                    f"{self.last} was trained with {name} {saved[name]}, not {settings[name]}: "
+                    f"give --{name}={saved[name]}, or another --out_dir"
+                )
+        self.ranks.say(f"resuming {self.last} at step {state['step']}")
+        for name, value in settings.items():
+            if name != "init_from" and value != saved.get(name):
+                self.ranks.say(f"  changed: {name} {saved.get(name)} -> {value}")
+
+    def start(self, step: int, evaluated: int, seconds: float) -> None:
+        """Begin to write, at step of a run that has taken `seconds` before.
+
+        Drops the metrics that will be written again: those after step, and the evaluation at step
+        unless `evaluated`, the step of the last evaluation that counts, is this one.
+        """
         self.start_time = time.perf_counter() - seconds
+        self.save_time = time.monotonic()
+        if self.last.exists():
+            self.saved_step = step
         if not self.writes:
             return
-        with user_error(f"can't write to {self.folder}", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock, kept = self.lock or lock(self.folder / "lock"), []
+        kept = []
         with user_error(f"{self.metrics} is damaged", OSError, ValueError, TypeError, KeyError):
-            for line in self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
-            write_whole(self.metrics, lambda file: file.write(b"".join(kept)))
+            if self.metrics.exists():
+                for line in self.metrics.read_bytes().splitlines(keepends=True):
+                    if not line.endswith(b"\n"):  # the power failed while it was written
+                        break
+                    record = json.loads(line)
+                    if record["step"] > step:
+                        break
+                    if "val_loss" in record and record["step"] == step and evaluated != step:
+                        break
+                    kept.append(line)
+            write_atomically(self.metrics, lambda file: file.write(b"".join(kept)))
+
+    def way_back(self) -> str:
+        """What to do when training has diverged: last.pt may hold ruined weights."""
+        advice = f"delete {self.folder} and start over"
+        best = self.folder / "best.pt"
+        if best.exists():
+            advice = f"go on from the best weights by --init_from={best} --out_dir=NEW"
+        return (
+            f"{advice}, with a lower --learning_rate, a longer --warmup_iters, "
+            "a --grad_clip of 1.0, or --dtype=float32"
+        )
+
+    def minutes_unsaved(self) -> float:
+        """Minutes since the last save."""
+        return (time.monotonic() - self.save_time) / 60
+
+    def seconds(self) -> float:
+        """How long the run has taken so far."""
+        return time.perf_counter() - self.start_time
 
     def log(self, step: int, max_iters: int, note: str = "", **values: float | None) -> None:
-        """Print values, and append them to metrics.jsonl; JSON has no NaN, so that is null."""
-        parts = [form.format(values[key]) for key, form in FORMATS.items() if values.get(key) is not None]
-        line = " | ".join([f"step {step:>{len(str(max_iters))}}/{max_iters}", *parts, *([note] if note else [])])
-        self.ranks.say(f"------ {line}" if "val_loss" in values else line)
+        """Print values, and append them to metrics.jsonl. JSON has no NaN: it becomes null."""
+        width = len(str(max_iters))
+        parts = [f"step {step:>{width}}/{max_iters}"]
+        for key, form in FORMATS.items():
+            if values.get(key) is not None:
+                parts.append(form.format(values[key]))
+        if note:
+            parts.append(note)
+        line = " | ".join(parts)
+        if "val_loss" in values:
+            line = f"------ {line}"
+        self.ranks.say(line)
         if not self.writes:
             return
-        record = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        record = {"step": step} | record | {"seconds": time.perf_counter() - self.start_time}
-        size = self.metrics.stat().st_size
+        record = {"step": step}
+        for key, value in values.items():
+            finite = value is not None and math.isfinite(value)
+            record[key] = value if finite else None
+        record["seconds"] = self.seconds()
+        self.append_metrics(json.dumps(record) + "\n")
+
+    def append_metrics(self, line: str) -> None:
+        size = 0
+        with suppress(FileNotFoundError):
+            size = self.metrics.stat().st_size
         try:
             with self.metrics.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:  # a full disk, mostly: no half line may stay
-            os.truncate(self.metrics, size)
+                file.write(line)
+        except OSError as error:  # mostly a full disk: no part of the line may stay
+            with suppress(OSError):
+                os.truncate(self.metrics, size)
             print(f"error: can't write {self.metrics}: {error}", file=sys.stderr)
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write state, plain values and tensors, to out_dir/name; where that fails, say so and let the run go on."""
-        self.last_save = time.monotonic()
+    def save(self, state: dict[str, Any]) -> None:
+        """Write state, plain values and tensors, to last.pt. If that fails, the run goes on.
+
+        Raises UserError for weights that are not finite.
+        """
+        self.save_time = time.monotonic()
+        self.saved_step = state["step"]
         if not self.writes:
             return
         if not all(p.isfinite().all() for p in state["model"].values()):
-            raise UserError(f"the weights are not finite at step {state['step']} and not saved: {ADVICE}")
+            raise UserError(
+                f"the weights are not finite at step {state['step']} and not saved: "
+                f"{self.way_back()}"
+            )
+        self.write("last.pt", lambda path: write_atomically(path, lambda f: torch.save(state, f)))
+
+    def keep(self, name: str) -> None:
+        """Keep what `save` has just written under another name too."""
+        if not self.writes:
+            return
+        if "last.pt" in self.unsaved:  # it holds an earlier step
+            self.unsaved.add(name)
+            return
+        self.write(name, lambda path: link_atomically(self.last, path))
+
+    def write(self, name: str, write: Callable[[Path], None]) -> None:
         try:
-            write_whole(self.folder / name, lambda file: torch.save(state, file))
+            write(self.folder / name)
             self.unsaved.discard(name)
         except (OSError, RuntimeError) as error:  # torch makes some of the former into the latter
             self.unsaved.add(name)
             reason = str(error).splitlines()[0]
-            print(f"error: can't save {self.folder / name} ({reason}): the next save tries again", file=sys.stderr)
+            print(
+                f"error: can't save {self.folder / name} ({reason}): the next save tries again",
+                file=sys.stderr,
+            )

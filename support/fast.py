@@ -1,9 +1,11 @@
-"""Decoding as fast as the hardware allows: weights packed for a CPU, a step compiled for a GPU."""
+"""Faster text generation: packed weights for a CPU, a compiled decoding step for a GPU.
+
+generate(pack(model), idx, 500)             on a CPU
+generate(CompiledDecoder(model), idx, 500)  on a GPU
+"""
 
 import copy
 import math
-from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -12,100 +14,110 @@ import torch.nn.functional as F
 from model import KVCache, MiniGPT
 
 
-class PackedWeight(torch.Tensor):
-    """A weight whose F.linear, without a bias, is its own `product`."""
+class PackedLinear(nn.Module):
+    """An nn.Linear for inference on a CPU, its weight laid out for an input of `rows` rows.
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is F.linear:
-            return args[1].product(args[0])
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
-
-
-def fast_product(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function x -> x W^T + bias, fastest on a CPU for x of `rows` rows. weight: (n_out, n_in)."""
-    n_out, n_in = weight.shape
-    if rows == 1 and weight.dtype == torch.float32:
-        # F.linear reads them with one core only; as a batch of products with a part of the weights each, all do
-        n_parts = math.gcd(n_out, 16)
-        parts = weight.view(n_parts, -1, n_in)
-
-        def product(x):
-            if x.shape != (1, 1, n_in):  # a prompt
-                return F.linear(x, weight, bias)
-            y = torch.bmm(parts, x.as_strided((n_parts, n_in, 1), (0, 1, n_in))).view(1, 1, n_out)
-            return y if bias is None else y + bias
-
-        return product
-    try:  # oneDNN reorders weights to suit its kernels: F.linear has it done again for each token
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    except (AttributeError, RuntimeError):  # a build or CPU without it
-        return lambda x: F.linear(x, weight, bias)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-readers = WeakKeyDictionary()  # model: (what it was packed for, its fast copy)
-
-
-def reader(model: MiniGPT, rows: int) -> MiniGPT:
-    """The model, or on a CPU a copy with the same weights that reads one more token of `rows` texts faster.
-
-    The copy is kept until the weights change; the model itself stays as it is, and trainable.
+    F.linear rearranges the whole weight for oneDNN's kernels on every call, which for a single
+    token takes longer than the product. Here it is done once. Input of any other size works too.
     """
-    if model.wte.weight.device.type != "cpu" or model.training:
-        return model
-    tensors = [*model.parameters(), *model.buffers()]
-    state = rows, [(t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
-    if readers.get(model, (None,))[0] != state:
-        fast = copy.deepcopy(model, {id(t): t for t in tensors})
-        for module in fast.modules():
-            call = type(module).forward  # without the layers of torch's __call__, which take a tenth of the time
-            if type(module) is nn.Linear:
-                call = staticmethod(fast_product(module.weight.detach(), module.bias, rows))
-            elif type(module) is nn.Dropout:
-                call = staticmethod(lambda x: x)
-            if not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
-                module.__class__ = type(f"Fast{type(module).__name__}", (type(module),), {"__call__": call})
-            vars(module).update(module._modules)  # found without torch's slow __getattr__
-        weight = fast.wte.weight.detach()
-        fast.wte._parameters["weight"] = weight.as_subclass(PackedWeight)
-        fast.wte.weight.product = fast_product(weight, None, rows)
-        readers[model] = state, fast
-    return readers[model][1]
+
+    def __init__(self, linear: nn.Linear, rows: int):
+        super().__init__()
+        self.weight = linear.weight.detach()  # (out, in)
+        self.bias = linear.bias
+        # There is no public interface for these two calls. Without them, or on a CPU that oneDNN
+        # does not support in this number type, forward computes F.linear.
+        try:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        except (AttributeError, RuntimeError):
+            self.packed = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class StaticKVCache(KVCache):
-    """The same keys and values for one token at a time, in shapes that never change, as CUDA graphs need. A token looks
-    at the whole buffer, and a mask hides what is not filled yet."""
+def pack(model: nn.Module, rows: int = 1) -> nn.Module:
+    """A copy of model with a PackedLinear for each nn.Linear, to generate `rows` texts at a time.
 
-    def __init__(self, cache: KVCache):
-        self.keys, self.values, self.size, self.length = cache.keys, cache.values, cache.size, 0
-        self.positions = torch.zeros(1, dtype=torch.long, device=cache.keys[0].device)  # of the token to read
-        for tensor in (*self.keys, *self.values, self.positions):
-            torch._dynamo.mark_static_address(tensor, guard=False)
+    It is for inference on a CPU and does not follow later changes of model.
+    """
+    packed = copy.deepcopy(model)
+    for module in list(packed.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child, rows))
+    return packed.eval()
 
-    def advance(self, T):
+
+class StaticKVCache(nn.Module):
+    """A KVCache for one token at a time whose tensors never change shape or place.
+
+    CUDA graphs need that. A token attends to the whole buffer, and a mask hides what is not filled.
+    """
+
+    def __init__(self, cache: KVCache, size: int):
+        super().__init__()
+        self.size = size
+        self.register_buffer("positions", cache.positions.new_zeros(1))
+        for layer, keys in enumerate(cache.keys):
+            rows, n_head, _, width = keys.shape
+            self.register_buffer(f"keys_{layer}", keys.new_zeros(rows, n_head, size, width))
+            self.register_buffer(f"values_{layer}", keys.new_zeros(rows, n_head, size, width))
+
+    def copy_from(self, cache: KVCache) -> None:
+        for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+            self.get_buffer(f"keys_{layer}")[:, :, : cache.size] = keys
+            self.get_buffer(f"values_{layer}")[:, :, : cache.size] = values
+
+    def advance(self, T: int) -> torch.Tensor:
         return self.positions
 
-    def append(self, layer, k, v):
-        self.keys[layer].index_copy_(2, self.positions, k)
-        self.values[layer].index_copy_(2, self.positions, v)
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        keys = getattr(self, f"keys_{layer}")
+        values = getattr(self, f"values_{layer}")
+        keys.index_copy_(2, self.positions, k)
+        values.index_copy_(2, self.positions, v)
         mask = torch.arange(self.size, device=k.device) <= self.positions[:, None]
-        return self.keys[layer], self.values[layer], mask
+        return keys, values, mask
 
 
-class CompiledReader:
-    """Calls a model, and for one token its compiled step, by default a CUDA graph where there is CUDA."""
+class CompiledDecoder(nn.Module):
+    """A model for generating text: prompts as they are, single tokens by a compiled step.
 
-    def __init__(self, model: MiniGPT, **options):
-        self.model, self.caches = model, WeakKeyDictionary()
-        self.step = torch.compile(model.forward, fullgraph=True, **(options or {"mode": "reduce-overhead"}))
+    With CUDA the step is a CUDA graph. There is one static cache for each number of rows and power
+    of two of the length, so the number of graphs is bounded.
+    """
 
-    def __call__(self, idx: torch.Tensor, cache: KVCache):
+    def __init__(self, model: MiniGPT, **compile_options):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        if not compile_options:
+            compile_options = {"mode": "reduce-overhead"}
+        self.step = torch.compile(model.forward, fullgraph=True, dynamic=False, **compile_options)
+        self.static_caches = nn.ModuleDict()
+        self.current = None  # the cache whose prompt the static cache holds
+
+    def forward(self, idx: torch.Tensor, cache: KVCache):
+        static = self.static_cache(cache)
         if idx.size(1) > 1:
-            return self.model(idx, cache=cache)
-        static = self.caches.get(cache) or self.caches.setdefault(cache, StaticKVCache(cache))
-        static.positions.fill_(cache.length)
-        cache.length += 1
+            logits, _ = self.model(idx, cache=cache)
+            static.copy_from(cache)
+            self.current = cache
+            return logits, None
+        if cache.length == 0:
+            self.current = cache  # a prompt of one token needs no copy
+        if self.current is not cache:
+            raise ValueError("a CompiledDecoder generates one batch of texts at a time")
+        static.positions.copy_(cache.advance(1))
         return self.step(idx.clone(), cache=static)
+
+    def static_cache(self, cache: KVCache) -> StaticKVCache:
+        rows = cache.keys[0].size(0)
+        size = min(self.config.block_size, 2 ** math.ceil(math.log2(cache.size)))
+        key = f"{rows} x {size}"
+        if key not in self.static_caches:
+            self.static_caches[key] = StaticKVCache(cache, size)
+        return self.static_caches[key]

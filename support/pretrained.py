@@ -100,7 +100,7 @@ def load_pretrained(name_or_path: str | Path, block_size: int | None = None, dro
         raise UserError(f"{folder} has positions for {config.block_size} tokens: that is the largest --block_size")
     model = MiniGPT(replace(config, block_size=block_size or config.block_size, dropout=dropout))
     parameters = dict(model.named_parameters())
-    head = None if "lm_head.weight" in parameters else weights.pop("lm_head.weight", None)
+    head = weights.pop("lm_head.weight", None)
     if different := sorted(parameters.keys() ^ weights.keys()):
         raise UserError(f"{folder} does not fit MiniGPT: only one of them has {different[0]}")
     if head is not None and not torch.equal(head[...], weights["wte.weight"][...]):

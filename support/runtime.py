@@ -1,108 +1,167 @@
-"""Where a script runs: its device and number type, the ranks of the job, and the signals that stop it."""
+"""Where a script runs: its device and number type, the ranks of a job, signals that stop it."""
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model import MiniGPT
 from support.settings import UserError, user_error
 
-# dense bfloat16 TFLOP/s by the makers' data sheets, by the first words that are in the device's name
-PEAK = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
-
-CHIP = getattr(torch.cpu, "get_capabilities", dict)()  # the CPU's name and instructions; torch 2.11 does not tell
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # False also where ATEN_CPU_CAPABILITY forbids it
+# dense bfloat16 TFLOP/s from the data sheets, by words in the device's name
+PEAK = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+}
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch.device called name; "auto" is a GPU if there is one: cuda, else mps, else cpu."""
+    """The torch.device called name; "auto" is the best available: cuda, else mps, else cpu."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with user_error(f"--device={name} can't be used here", RuntimeError, AssertionError):  # unknown, or not there
+        name = best_device()
+    with user_error(f"--device={name} can't be used here", RuntimeError, AssertionError):
         device = torch.device(name)
-        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each rank
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each rank
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     return device
 
 
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
 def best_dtype(device: torch.device) -> str:
-    """bfloat16 where the device has matrix instructions for it, else float16 on CUDA and float32 elsewhere."""
+    """The fastest number type for matrix products on device.
+
+    bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere.
+    """
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if device.type == "cpu" and AVX512 and CHIP.get("avx512_bf16") else "float32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float16"
+    if device.type == "cpu" and "avx512_bf16" in cpu_features():
+        return "bfloat16"
+    return "float32"
 
 
-def flops_per_token(model: MiniGPT) -> int:
-    """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B): a weight is a multiply-add
-    forward and two backward, and so is each of the T C products in both of a layer's attention matrices."""
-    weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")  # that is looked up
-    return 6 * weights + 12 * model.config.n_layer * model.config.n_embd * model.config.block_size
+def cpu_features() -> set[str]:
+    """The instruction sets that torch can use on this CPU, such as avx512_bf16.
+
+    None if ATEN_CPU_CAPABILITY forbids AVX-512, and none on torch 2.11, which cannot tell.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return set()
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return set()
+    capabilities = torch.cpu.get_capabilities()
+    return {name for name, present in capabilities.items() if present is True}
+
+
+def mfu(flops_per_sec: float, device: torch.device) -> float | None:
+    """Model FLOPs utilisation: the share of device's peak. None where the peak is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).replace("-", " ")
+    for key, teraflops in PEAK.items():
+        if f" {key} " in f" {name} ":  # not the A10 in A10G
+            return flops_per_sec / (teraflops * 1e12)
+    return None
+
+
+def share(batch_size: int, gradient_accumulation_steps: int, size: int) -> tuple[int, int]:
+    """(sequences per micro-batch, micro-batches per step) of each of `size` ranks.
+
+    A step has batch_size x gradient_accumulation_steps sequences. All micro-batches are equal, and
+    as large as possible up to batch_size. Raises UserError for a step that can't be shared evenly.
+    """
+    sequences, rest = divmod(batch_size * gradient_accumulation_steps, size)
+    if rest:
+        raise UserError(
+            f"a step of {batch_size} x {gradient_accumulation_steps} sequences can't be shared "
+            f"evenly by {size} ranks: change gradient_accumulation_steps"
+        )
+    micro_batch_size = min(batch_size, sequences)
+    while sequences % micro_batch_size != 0:
+        micro_batch_size -= 1
+    return micro_batch_size, sequences // micro_batch_size
+
+
+def say(line: str) -> None:
+    """Print line. Where that fails, say so once on stderr: a full disk must not end training."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError) as error:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        with suppress(OSError, ValueError):
+            print(f"error: can't print ({error}): going on silently", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def advice() -> Iterator[None]:
-    """Add a note to those of torch's errors that a user can put right."""
+    """Print advice below those of torch's errors that a user can fix."""
     try:
         yield
     except RuntimeError as error:
+        hint = ""
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            error.add_note("advice: a smaller --batch_size with more --gradient_accumulation_steps needs less memory")
+            hint = (
+                "a smaller --batch_size with more --gradient_accumulation_steps needs less memory"
+            )
         elif "imed out" in str(error) or "by peer" in str(error):
-            error.add_note("advice: another rank has stopped or is slower than --timeout")
+            hint = "another rank has stopped or is slower than --timeout"
+        if hint:
+            print(f"advice: {hint}", file=sys.stderr)
         raise
 
 
 class Ranks:
-    """The processes of a job: this one alone, or `size` that torchrun started, of which it is number `rank`."""
+    """The processes of a job: this one alone, or the `size` that torchrun has started.
+
+    This process is number `rank`, and computes on `device`.
+    """
 
     def __init__(self, device: str = "auto", backend: str = "auto", timeout: float = 600):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.signal = pick_device(device), 0
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device)
         if self.size > 1:
-            backend = backend.replace("auto", "nccl" if self.device.type == "cuda" else "gloo")
+            if backend == "auto":
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
             join(backend, self.device, timedelta(seconds=timeout))
             self.cpu_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def say(self, line: str) -> None:
         """Print line, on one rank."""
         if self.rank == 0:
-            print(line, flush=True)
-
-    def share(self, batch_size: int, gradient_accumulation_steps: int) -> tuple[int, int]:
-        """(sequences per micro-batch, micro-batches per step) of each rank: equal ones, the largest that fit.
-
-        A step has batch_size x gradient_accumulation_steps sequences, a micro-batch at most batch_size of them.
-        Raises UserError for a step that can't be shared evenly.
-        """
-        sequences, rest = divmod(batch_size * gradient_accumulation_steps, self.size)
-        if rest:
-            step = f"a step of {batch_size} x {gradient_accumulation_steps} sequences"
-            raise UserError(f"{step} can't be shared evenly by {self.size} ranks: change gradient_accumulation_steps")
-        rows = next(n for n in range(min(batch_size, sequences), 0, -1) if sequences % n == 0)
-        return rows, sequences // rows
+            say(line)
 
     def from_first(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """make(*arguments), called on rank 0 alone and handed to every rank."""
-        values = [make(*arguments) if self.rank == 0 else None]
+        """make(*arguments), called on rank 0 alone; its value is sent to every rank."""
+        values = [None]
+        if self.rank == 0:
+            values = [make(*arguments)]
         if self.size > 1:
             dist.broadcast_object_list(values, group=self.cpu_group)
         return values[0]
-
-    def mfu(self, model: MiniGPT, tokens_per_sec: float) -> float | None:
-        """The share of the devices' peak that training uses; None where the peak is not known."""
-        name = torch.cuda.get_device_name(self.device).replace("-", " ") if self.device.type == "cuda" else ""
-        peak = next((tflops for key, tflops in PEAK.items() if f" {key} " in f" {name} "), None)
-        return tokens_per_sec * flops_per_token(model) / (1e12 * peak * self.size) if peak else None
 
     def maximum(self, *values: float) -> list[float]:
         """The largest of each value over all ranks."""
@@ -117,69 +176,109 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def catch_signals(self) -> None:
-        """From now on note SIGINT and SIGTERM in `signal`, so that the step can be finished; a second ends at once."""
+    def leave(self) -> None:
+        """Wait for the other ranks, then leave the job.
 
-        def note(number, frame):
-            if not self.signal:
-                self.signal, self.signal_time = number, time.monotonic()
-            if self.size > 1 and time.monotonic() - self.signal_time < 1:
-                return  # the first one, or torchrun's echo of it
-            signal.signal(number, signal.SIG_DFL)
-            if self.size > 1:
-                signal.raise_signal(number)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
-
-    def leave(self, by_signal: int = 0) -> None:
-        """Wait for the others: torchrun ends them when one has ended, and rank 0 may be saving. Then leave the job."""
+        torchrun ends all ranks as soon as one has ended, and rank 0 may be saving.
+        """
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
             dist.destroy_process_group()
-        if by_signal:
-            signal.signal(by_signal, signal.SIG_DFL)
-            signal.raise_signal(by_signal)
+
+
+class StopSignals:
+    """Notes SIGINT, SIGTERM and SIGHUP in `received`, which is 0 before, until `restore`.
+
+    A second signal ends the process at once. Under nohup, SIGHUP stays ignored.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.received = 0
+        self.time = 0.0
+        self.previous = {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if not hasattr(signal, name):  # Windows has no SIGHUP
+                continue
+            number = getattr(signal, name)
+            # torchrun reacts to SIGHUP even under nohup, and passes it on as it ends.
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not ignored or "TORCHELASTIC_RUN_ID" in os.environ:
+                self.previous[number] = signal.signal(number, self.note)
+
+    def note(self, number: int, frame: object) -> None:
+        if not self.received:
+            self.received = number
+            self.time = time.monotonic()
+            if self.ranks.rank == 0:
+                with suppress(OSError):  # os.write, as print itself may be what is interrupted
+                    os.write(2, b"stopping after this step; again to quit without saving\n")
+        if self.ranks.size > 1 and time.monotonic() - self.time < 1:
+            return  # the first signal, or torchrun's echo of it
+        signal.signal(number, signal.SIG_DFL)
+        if self.ranks.size > 1:
+            signal.raise_signal(number)
+
+    def agreed(self) -> bool:
+        """Whether a signal has come on any rank."""
+        (received,) = self.ranks.maximum(self.received)
+        return received > 0
+
+    def restore(self) -> None:
+        """Hand the signals back to whoever handled them before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 def join(backend: str, device: torch.device, timeout: timedelta) -> None:
     """dist.init_process_group, also where torchrun starts the job again after a failure.
 
-    The store in which ranks find each other outlives the failure, with the addresses of dead processes (PyTorch issue
-    135712). So the ranks first agree on a name for this attempt: all their random words, once each has seen the same.
+    The store in which ranks find each other outlives the failure, with the addresses of dead
+    processes (PyTorch issue 135712). So the ranks first agree on a name for this attempt: the
+    random words of all ranks, once each rank has seen the same.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set(f"word/{rank}", os.urandom(8).hex())
-    attempt = None
-    while attempt is None or any(store.get(f"seen/{r}") != attempt for r in range(size)):
-        time.sleep(0.02 if attempt else 0)
+    attempt = b""
+    while not attempt or any(store.get(f"seen/{r}") != attempt for r in range(size)):
+        time.sleep(0.02)
         attempt = b"".join(store.get(f"word/{r}") for r in range(size))
         store.set(f"seen/{rank}", attempt.decode())
     store = dist.PrefixStore(attempt.decode(), store)
-    device_id = device if device.type == "cuda" and backend == "nccl" else None  # so that NCCL starts at once
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+    device_id = None
+    if device.type == "cuda" and backend == "nccl":
+        device_id = device  # so that NCCL starts at once
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+    )
 
 
-def compile_now(network: Callable, model: MiniGPT, batch: tuple, autocast: torch.autocast, ranks: Ranks) -> None:
-    """Compile network, model compiled and maybe in DDP, by a step on batch. If that fails, it runs uncompiled.
+def compile_now(
+    network: Callable, model: torch.nn.Module, batch: tuple, autocast: Any, ranks: Ranks
+) -> None:
+    """Compile network, which is model compiled and maybe in DDP, by one step on batch.
 
-    A mistake in the model itself is raised as it is without torch.compile.
+    If that fails on any rank, all run uncompiled from now on. A mistake in the model itself is
+    raised as it is without torch.compile.
     """
-    ranks.say("compiling: some 20 seconds, which --compile=False saves")
+    ranks.say("compiling: about 20 seconds, which --compile=False saves")
 
     def step(network):
         with autocast:
-            loss = network(*batch)[1]
+            _, loss = network(*batch)
         loss.backward()
 
-    failure = None
-    with network.no_sync() if ranks.size > 1 else nullcontext():
+    failure = ""
+    no_sync = network.no_sync() if ranks.size > 1 else nullcontext()
+    with no_sync:
         try:
             step(network)
         except Exception as error:  # as many kinds as there are compilers
             step(model)
             failure = type(error).__name__
     model.zero_grad()
-    if any(ranks.maximum(failure is not None)):
+    (failed,) = ranks.maximum(failure != "")
+    if failed:
         torch.compiler.set_stance("force_eager")
-        ranks.say(f"not compiling: {failure or 'an error on another rank'} in torch.compile; --compile=False is faster")
+        reason = failure if failure else "an error on another rank"
+        ranks.say(f"not compiling: {reason} in torch.compile; --compile=False is faster")

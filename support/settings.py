@@ -66,7 +66,7 @@ def read_settings(cls: type, argv: list[str], doc: str, positional: str | None =
     return cls(**(values | flags))
 
 
-def run_script(main: Callable, cls: type, doc: str, *kinds: type[Exception], positional: str | None = None) -> None:
+def run_script(main: Callable, cls: type, doc: str, *kinds: type[Exception], positional: str | None = None, previous=None) -> None:
     """Call main with the settings of this process's command line, under one_line_errors of kinds."""
     with one_line_errors(*kinds):
         main(read_settings(cls, sys.argv[1:], doc, positional))

@@ -46,6 +46,9 @@ class ByteTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+Tokenizer = ByteTokenizer
+
+
 class CharTokenizer(ByteTokenizer):
     """Every character is a token: its id is its index in chars, which are sorted."""
 
