@@ -131,7 +131,8 @@ class Settings:
             raise UserError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if self.warmup_iters > self.lr_decay_iters:
             raise UserError(
-                f"warmup_iters ({self.warmup_iters}) is more than lr_decay_iters ({self.lr_decay_iters})"
+                f"warmup_iters ({self.warmup_iters}) is more than "
+                f"lr_decay_iters ({self.lr_decay_iters})"
             )
         if self.min_lr > self.learning_rate:
             raise UserError(f"min_lr ({self.min_lr}) is above learning_rate ({self.learning_rate})")
@@ -346,6 +347,18 @@ def checkpoint_state(
     }
 
 
+def measures(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
+    """A validation loss in nats per token, as perplexity, and in bits per byte of text.
+
+    Only the last can be compared across tokenizers.
+    """
+    values = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700))}
+    if "val_bytes" in meta:
+        tokens_per_byte = meta["val_tokens"] / meta["val_bytes"]
+        values["bits_per_byte"] = val_loss / math.log(2) * tokens_per_byte
+    return values
+
+
 def due(step: int, interval: int) -> bool:
     """Whether something that happens every `interval` steps, or never for 0, is due after step."""
     return interval > 0 and step > 0 and step % interval == 0
@@ -419,8 +432,7 @@ def main(s: Settings) -> None:
         f"      {len(train_tokens):,} training tokens, vocabulary of {meta['vocab_size']:,}\n"
         f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, "
         f"{micro_steps} x {micro_batch_size} sequences each\n"
-        f"run: {s.max_iters:,} steps, {epochs:,.1f} epochs: "
-        f"each token is read {epochs:,.1f} times"
+        f"run: {s.max_iters:,} steps, which read each training token {epochs:,.1f} times"
     )
     stopped_early = 0 < s.patience <= worse_evals
     if not s.eval_only and (stopped_early or evaluated >= s.max_iters):
@@ -487,16 +499,7 @@ def main(s: Settings) -> None:
                 best_val_loss = val_loss
                 worse_evals = 0
                 run.keep("best.pt")
-            bits = None
-            if "val_bytes" in meta:
-                bits = val_loss / math.log(2) * meta["val_tokens"] / meta["val_bytes"]
-            run.log(
-                step,
-                s.max_iters,
-                val_loss=val_loss,
-                perplexity=math.exp(min(val_loss, 700)),
-                bits_per_byte=bits,
-            )
+            run.log(step, s.max_iters, **measures(val_loss, meta))
             if worse_evals == 2 and not s.patience:
                 ranks.say(
                     f"no better than {best_val_loss:.4f} at two evaluations in a row: best.pt has "
@@ -522,10 +525,10 @@ def main(s: Settings) -> None:
             if s.dropout > 0:  # the same masks after a resume
                 seeds = np.random.SeedSequence((s.seed, step, micro_step, ranks.rank))
                 torch.manual_seed(int(seeds.generate_state(1)[0]))
-            synchronise = nullcontext()
+            gradient_sync = nullcontext()
             if ranks.size > 1 and micro_step < micro_steps - 1:
-                synchronise = network.no_sync()  # one all-reduce per step is enough
-            with synchronise:
+                gradient_sync = network.no_sync()  # one all-reduce per step is enough
+            with gradient_sync:
                 with autocast:
                     _, micro_loss = network(x, y)
                 scaler.scale(micro_loss / micro_steps).backward()
@@ -576,7 +579,7 @@ def main(s: Settings) -> None:
     if run.unsaved:
         names = " and ".join(sorted(run.unsaved))
         raise UserError(f"{names} could not be saved in {run.folder}: see above")
-    if stop:
+    if stop and not s.eval_only:
         ranks.say(f"interrupted: saved at step {step}; run the same command to resume")
     elif not s.eval_only:
         early = ", stopped early" if stopped_early else ""
