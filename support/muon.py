@@ -1,84 +1,192 @@
-"""Muon (Jordan et al. 2024) for the matrices of a model, AdamW (Loshchilov & Hutter 2019) for the rest."""
+"""Muon (Jordan et al. 2024) for the matrices of a model, and AdamW for the rest."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
+from torch.optim.adamw import adamw
 
 from support.runtime import best_dtype
 
 BATCH = 1 << 24  # numbers updated at once: more would take more memory and save no time
+A, B, C = 3.4445, -4.7750, 2.0315  # the coefficients of Jordan et al. 2024
+
+
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """Five times X <- A X + (B X X^T + C (X X^T)^2) X. x: (n, rows, cols), singular values <= 1."""
+    for _ in range(5):
+        gram = x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        x = torch.baddbmm(x, factor, x, beta=A)
+    return x
+
+
+def newton_schulz_wide(x: torch.Tensor) -> torch.Tensor:
+    """The same for rows < cols, where it is faster: most products are of small square matrices.
+
+    Each of the five steps multiplies X by the factor A I + B G + C G^2 from the left, and thereby
+    its gram matrix G = X X^T by that factor from both sides. In 16 bits this diverges.
+    """
+
+    def factor_of(gram):
+        factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal(dim1=1, dim2=2).add_(A)
+        return factor
+
+    gram = x @ x.mT
+    factor = factor_of(gram)
+    total = factor
+    for _ in range(4):
+        gram = factor @ gram @ factor
+        factor = factor_of(gram)
+        total = factor @ total
+    return total @ x
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (n, rows, cols) with the same singular vectors and all singular values near 1.
 
-    They are between 0.68 and 1.21 where they were above 0.2 % of the matrix's norm; smaller ones grow 485 times. Five
-    steps of Newton-Schulz, X <- (a I + b X X^T + c (X X^T)^2) X, in the number type that is fast on the device.
+    They are between 0.68 and 1.21 where they were above 0.2 % of the matrix's norm; smaller ones
+    grow 485 times. The result is in the number type that is fast on the device.
     """
-    if matrices.size(1) > matrices.size(2):
+    rows, cols = matrices.shape[1:]
+    if rows > cols:
         return orthogonal(matrices.mT).mT
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     x = x.to(getattr(torch, best_dtype(x.device)))
-    if x.dtype == torch.float32 and x.size(1) < x.size(2):  # faster with X only at the end; in 16 bits it diverges
-        gram, total = x @ x.mT, None
-        for step in range(5):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            factor.diagonal(dim1=1, dim2=2).add_(a)
-            total = factor if total is None else factor @ total
-            if step < 4:
-                gram = factor @ gram @ factor
-        return total @ x
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    if x.dtype == torch.float32 and rows < cols:
+        return newton_schulz_wide(x)
+    return newton_schulz(x)
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW with a second update rule, Muon, for the groups that ask for it.
+class Muon(torch.optim.Optimizer):
+    """AdamW, and for the groups of parameters that ask for it Muon.
 
-    groups: dicts of "params" and the settings that differ from the defaults, as for AdamW. A group with "splits": n > 0
-    gets Muon: each parameter is n matrices on top of each other, as Q, K and V are, and the "momentum" (0.95) of each
-    matrix is made orthogonal by itself. These updates are scaled to the size of AdamW's (Liu et al. 2025, equation 4),
-    so that both rules can share a learning rate.
+    params: parameters or groups of them, as for every torch optimiser. A group with splits = n > 0
+    gets Muon: each of its parameters is n matrices on top of each other, as Q, K and V are, and the
+    momentum of each matrix is made orthogonal separately. The updates are scaled to the size of
+    AdamW's (Liu et al. 2025, equation 4), so that both rules can share a learning rate.
+
+    betas and eps are AdamW's, momentum is Muon's. With fused, AdamW is one kernel, and a GradScaler
+    skips steps on the device, without a synchronisation. Raises ValueError where a parameter of a
+    Muon group can't be split into matrices.
     """
 
-    def __init__(self, groups: Iterable[dict], **settings):
-        groups = [{"splits": 0, "momentum": 0.95} | group for group in groups]
-        super().__init__(groups, **({"fused": True} | settings))  # so that a GradScaler leaves skipping to it
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        splits: int = 0,
+        fused: bool = True,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "splits": splits,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+        # Asks a GradScaler to set grad_scale and found_inf for the time of a step.
+        self._step_supports_amp_scaling = fused
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group of parameters, as torch.optim.Optimizer.add_param_group does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if group["splits"] > 0 and (p.dim() != 2 or len(p) % group["splits"] != 0):
+                self.param_groups.pop()
+                raise ValueError(f"{tuple(p.shape)} can't be split into {group['splits']} matrices")
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters that have a gradient, or none if a GradScaler has found one that is not finite."""
-        groups, self.param_groups = self.param_groups, [group for group in self.param_groups if not group["splits"]]
-        super().step()
-        self.param_groups = groups
-        for group in (group for group in groups if group["splits"]):
-            by_shape = defaultdict(list)
-            for p in (p for p in group["params"] if p.grad is not None):
-                if not self.state[p]:  # the loading of AdamW looks for a step everywhere
-                    self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p))
-                by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                n = max(1, BATCH // shape.numel())
-                for some in (params[i : i + n] for i in range(0, len(params), n)):
-                    self._update(some, [p.grad for p in some], [self.state[p]["exp_avg"] for p in some], group)
+    def step(self, closure: Callable | None = None):
+        """Update the parameters that have a gradient. Returns the loss that closure computes.
 
-    def _update(self, params: list, grads: list, means: list, group: dict) -> None:
-        """Update params and the means of their gradients, all of one shape (rows, cols), with group's settings."""
-        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # of a GradScaler
-        may_skip = found_inf is not None and (not found_inf.is_cpu or found_inf > 0)
-        before = [t.clone() for t in (*params, *means)] if may_skip else []
-        if grad_scale is not None:
-            grads = torch._foreach_div(grads, grad_scale)
-        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-        update = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))  # Nesterov's form of the momentum
-        rows, cols = params[0].shape
-        matrices = update.view(-1, rows // group["splits"], cols)
-        update = orthogonal(matrices).to(update.dtype).reshape(update.shape)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, update.unbind(), alpha=-0.2 * group["lr"] * max(matrices.shape[1:]) ** 0.5)
-        for new, old in zip((*params, *means), before, strict=False):  # on the device, so that nothing waits
-            torch.where(found_inf > 0, old, new, out=new)
+        Under a GradScaler gradients are divided by grad_scale, and a step with found_inf > 0
+        changes nothing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["splits"] > 0:
+                self._muon(params, group, grad_scale, found_inf)
+            else:
+                self._adamw(params, group, grad_scale, found_inf)
+        return loss
+
+    def _adamw(self, params: list, group: dict, grad_scale, found_inf) -> None:
+        """Update params by AdamW."""
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+        adamw(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            fused=group["fused"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _muon(self, params: list, group: dict, grad_scale, found_inf) -> None:
+        """Update params by Muon, those of one shape together."""
+        by_shape = defaultdict(list)
+        for p in params:
+            by_shape[p.shape].append(p)
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+        for shape, alike in by_shape.items():
+            n = max(1, BATCH // shape.numel())
+            for first in range(0, len(alike), n):
+                weights = alike[first : first + n]
+                means = [self.state[p]["exp_avg"] for p in weights]
+                # where the tensors are sharded, this is the place to gather them
+                old_weights = torch.stack(weights)
+                old_means = torch.stack(means)
+                grads = torch.stack([p.grad for p in weights])
+                if grad_scale is not None:
+                    grads = grads / grad_scale
+                new_weights, new_means = muon(old_weights, grads, old_means, group)
+                if found_inf is not None:  # chosen on the device, without a synchronisation
+                    new_weights = torch.where(found_inf > 0, old_weights, new_weights)
+                    new_means = torch.where(found_inf > 0, old_means, new_means)
+                for i in range(len(weights)):
+                    weights[i].copy_(new_weights[i])
+                    means[i].copy_(new_means[i])
+
+
+def muon(weights: torch.Tensor, grads: torch.Tensor, means: torch.Tensor, group: dict) -> tuple:
+    """New weights and new means of the gradients. All are (n, rows, cols): n parameters."""
+    rows, cols = weights.shape[1:]
+    means = means.lerp(grads, 1 - group["momentum"])
+    update = grads.lerp(means, group["momentum"])  # Nesterov's form of the momentum
+    matrices = update.view(-1, rows // group["splits"], cols)
+    update = orthogonal(matrices).to(weights.dtype).reshape(weights.shape)
+    size = 0.2 * max(matrices.shape[1:]) ** 0.5
+    weights = weights * (1 - group["lr"] * group["weight_decay"])
+    return weights.add(update, alpha=-size * group["lr"]), means
