@@ -18,7 +18,9 @@ if (SHARED / "tiktoken").exists():
 torch.set_num_threads(1)  # the models of the tests are too small for more
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the commands that they run
 
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
+TEXT = (
+    "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
+)
 TINY = {  # settings of a model and a run that take a second
     "dataset": "tiny",
     "out_dir": "out",
@@ -135,15 +137,8 @@ def run(workdir):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         if env is not None:
             environment |= env
-        return subprocess.run(
-            command,
-            env=environment,
-            timeout=240,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            **options,
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        return subprocess.run(command, env=environment, timeout=240, **(streams | options))
 
     return run
 

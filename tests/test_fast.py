@@ -79,7 +79,9 @@ def test_a_compiled_decoder_generates_the_same_text_after_text(options, prompt_l
         idx = torch.randint(65, (1, prompt_length)).expand(2, -1)
         expected = generate(plain, idx, 30, temperature=0)  # past block_size
         assert torch.equal(generate(decoder, idx, 30, temperature=0), expected)
-        assert torch.equal(generate(decoder, idx, 3, temperature=0), expected[:, : prompt_length + 3])
+        assert torch.equal(
+            generate(decoder, idx, 3, temperature=0), expected[:, : prompt_length + 3]
+        )
 
 
 def test_a_compiled_decoder_compiles_once_and_has_the_models_logits():

@@ -57,7 +57,9 @@ def test_logits_equal_transformers_gpt2_with_the_same_weights(vocab_size):
     for p in model.parameters():  # also what begins as zero or one
         torch.nn.init.normal_(p, std=0.1)
     theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_positions=16, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=32)
+        transformers.GPT2Config(
+            n_positions=16, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=32
+        )
     ).eval()
     weights = {}
     for name, weight in model.state_dict().items():
@@ -213,7 +215,9 @@ def test_wrong_ids_and_lengths_are_refused():
         model(idx[:, :0])
     for bad in (65, 127, -1):  # 127 has a row in the padded embedding
         idx[1, 3] = bad
-        with pytest.raises(ValueError, match=f"token ids from .*{bad}.* are outside the vocabulary"):
+        with pytest.raises(
+            ValueError, match=f"token ids from .*{bad}.* are outside the vocabulary"
+        ):
             model(idx)
     with pytest.raises(IndexError, match="Target -1 is out of bounds"):  # PyTorch's own check
         model(random_ids(model), idx)

@@ -50,7 +50,9 @@ def test_temperature_zero_gives_all_probability_to_the_likeliest():
     assert next_token_probs(logits, temperature=1e-30).tolist() == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         next_token_probs(torch.zeros(1, 5), **options)

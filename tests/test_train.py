@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import flags
 
 import sample
 import train as train_module
@@ -108,7 +107,13 @@ def test_ids_outside_the_vocabulary_are_found_before_they_reach_a_model():
 
 @pytest.mark.parametrize(
     "batch_size, steps, ranks, expected",
-    [(12, 40, 8, (12, 5)), (12, 1, 8, None), (4, 2, 2, (4, 1)), (16, 1, 2, (8, 1)), (12, 1, 1, (12, 1))],
+    [
+        (12, 40, 8, (12, 5)),
+        (12, 1, 8, None),
+        (4, 2, 2, (4, 1)),
+        (16, 1, 2, (8, 1)),
+        (12, 1, 1, (12, 1)),
+    ],
 )
 def test_ranks_share_a_step_in_equal_micro_batches(batch_size, steps, ranks, expected):
     if expected is not None:
@@ -141,7 +146,9 @@ def test_training_learns_and_writes_what_it_promises(train, capsys):
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_sec"} <= training.keys()
     assert {"step", "val_loss"} <= validation.keys()
     assert validation["perplexity"] == pytest.approx(math.exp(validation["val_loss"]))
-    assert validation["bits_per_byte"] == pytest.approx(validation["val_loss"] / math.log(2), rel=0.01)
+    assert validation["bits_per_byte"] == pytest.approx(
+        validation["val_loss"] / math.log(2), rel=0.01
+    )
     for name in ("last.pt", "best.pt"):
         state = torch.load(f"out/{name}", weights_only=True)
         assert {"model", "optimizer", "step", "config", "model_args", "tokenizer"} <= state.keys()
@@ -274,7 +281,9 @@ def test_an_existing_run_is_never_overwritten(train, capsys):
 
 def test_mistakes_are_one_clear_line(train, capsys):
     assert "no checkpoint out/last.pt" in fails(capsys, train, init_from="resume")
-    assert "python prepare_data.py openwebtext --input PATH makes it" in fails(capsys, train, dataset="openwebtext")
+    assert "python prepare_data.py openwebtext --input PATH makes it" in fails(
+        capsys, train, dataset="openwebtext"
+    )
     cases = [
         ({"n_head": 3}, "divisible by n_head"),
         ({"warmup_iters": 7}, r"\(7\) is more than lr_decay_iters \(6\)"),
@@ -285,7 +294,9 @@ def test_mistakes_are_one_clear_line(train, capsys):
             train(**changes)
     assert "can't be used here" in fails(capsys, train, device="gpu")
     message = fails(capsys, train, block_size=2000)
-    assert "block_size 2000 needs at least 2001: give more text or a smaller --block_size" in message
+    assert (
+        "block_size 2000 needs at least 2001: give more text or a smaller --block_size" in message
+    )
     assert not list(Path("out").glob("*.pt"))
 
 
