@@ -57,7 +57,7 @@ def test_scores_grow_with_the_width_of_a_head_and_its_square_root_undoes_that():
 
 
 def test_pre_norm_hands_the_gradient_down_the_stream_where_post_norm_shrinks_it():
-    """What reaches the first of 24 blocks along x alone: hooks cut the gradient through the rest."""
+    """What reaches the first of 24 blocks along x: hooks cut the gradient through the rest."""
     torch.manual_seed(0)
     blocks = [Block(GPTConfig(n_head=2, n_embd=32)) for _ in range(24)]
     for block in blocks:
@@ -208,22 +208,20 @@ def test_only_log_lines_wait_for_the_device(train, monkeypatch):
     monkeypatch.setattr(MiniGPT, "check_ids", lambda self, idx: None)
 
     class Waits(TorchDispatchMode):
+        count = 0
+
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten._local_scalar_dense.default:
-                self.counts[args[0].dtype == torch.int64] += 1
+                self.count += 1
             return function(*args, **(kwargs or {}))
 
-    counts = {}
+    counts = []
     for steps in (5, 15):
         with Waits() as waits:
-            waits.counts = {True: 0, False: 0}
             train(out_dir=f"out{steps}", max_iters=steps, eval_interval=100, log_interval=100)
-        counts[steps] = waits.counts
+        counts.append(waits.count)
     assert len(losses("out15")) == 1
-    assert counts[15][False] == counts[5][False]
-    assert (
-        counts[15][True] - counts[5][True] <= 2 * 10
-    )  # whether a signal has come: made on the CPU
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
