@@ -1,27 +1,46 @@
 import gc
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared"  # real data for offline work; tests that need it skip where it is not
+SHARED = ROOT.parent / "shared"  # real data for offline work; tests skip where it is missing
 if (SHARED / "tiktoken").exists():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 
 torch.set_num_threads(1)  # the models of the tests are too small for more
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the commands that they run
 
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
+TEXT = (
+    "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 40
+)
 TINY = {  # settings of a model and a run that take a second
-    "dataset": "tiny", "out_dir": "out", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4,
-    "gradient_accumulation_steps": 2, "max_iters": 6, "eval_interval": 3, "eval_iters": 0, "log_interval": 1,
-    "learning_rate": 1e-2, "min_lr": 1e-3, "device": "cpu", "dtype": "float32", "compile": False,
-}  # fmt: skip
+    "dataset": "tiny",
+    "out_dir": "out",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 16,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_iters": 6,
+    "eval_interval": 3,
+    "eval_iters": 0,
+    "log_interval": 1,
+    "learning_rate": 1e-2,
+    "min_lr": 1e-3,
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+}
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
 @pytest.fixture
@@ -54,35 +73,72 @@ def workdir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train(workdir):
+def restored():
+    """Signal handlers and attention kernels are as before when the test has ended."""
+    handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def train(workdir, restored):
     """train(key=value, ...) runs train.py's main in this process, on the tiny dataset."""
     import train
-
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def run(**changes):
         gc.collect()  # a run that failed has its lock as long as the traceback is alive
         train.main(train.Settings(**(TINY | changes)))
 
-    yield run
-    for number, handler in handlers:
-        signal.signal(number, handler)
+    return run
+
+
+@pytest.fixture
+def call(workdir, restored, monkeypatch, capfd):
+    """call("train.py", "--key=value", ...) runs a script, or a module, in this process."""
+
+    def call(script, *arguments):
+        gc.collect()
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        status = 0
+        try:
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+        printed = capfd.readouterr()
+        return SimpleNamespace(returncode=status, stdout=printed.out, stderr=printed.err)
+
+    return call
 
 
 @pytest.fixture
 def run(workdir):
-    """run("train.py", "--key=value", ...) runs a script, or as "extras.plot" a module, in the working folder."""
+    """run("train.py", "--key=value", ...) runs a script, or as "extras.plot" a module, in the
+    working folder, as a process of its own or with ranks=2 by torchrun."""
 
-    def run(*command, ranks=1, env=None, **options):
-        launcher = [sys.executable]
+    def run(script, *arguments, ranks=1, env=None, **options):
+        command = [sys.executable]
         if ranks > 1:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        script, *arguments = command
-        script = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
-        env = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
-        command = [*launcher, *script, *map(str, arguments)]
-        options |= {"env": env, "timeout": 240, "capture_output": True, "text": True, "encoding": "utf-8"}
-        return subprocess.run(command, **options)
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if not script.endswith(".py"):
+            command += ["-m", script]
+        elif (ROOT / script).exists():
+            command += [str(ROOT / script)]
+        else:
+            command += [script]
+        command += map(str, arguments)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        if env is not None:
+            environment |= env
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        return subprocess.run(command, env=environment, timeout=240, **(streams | options))
 
     return run
 

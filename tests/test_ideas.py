@@ -1,4 +1,10 @@
-"""The ideas behind the code, each shown by itself. docs/ideas.md says where each is and what else tests it."""
+"""The ideas behind the code, each shown by itself. docs/ideas.md says where each is in the code.
+
+These three are lessons about PyTorch and arithmetic, which no change of our code can make fail:
+test_scores_grow_with_the_width_of_a_head_and_its_square_root_undoes_that,
+test_layer_norm_gives_each_token_mean_zero_and_variance_one and
+test_float16_loses_small_gradients_which_a_scaler_or_bfloat16_keeps.
+"""
 
 import math
 import re
@@ -21,7 +27,9 @@ def normal(*shape, seed=0):
 
 
 def test_every_idea_is_where_docs_say():
-    rows = re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/ideas.md").read_text("utf-8"))[2:]
+    rows = re.findall(
+        r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/ideas.md").read_text("utf-8")
+    )[2:]
     assert len(rows) > 30
     for idea, where, tests in rows:
         for column, form in ((where, r"\b{}\b"), (tests, r"(?m)^def {}\(")):
@@ -49,7 +57,7 @@ def test_scores_grow_with_the_width_of_a_head_and_its_square_root_undoes_that():
 
 
 def test_pre_norm_hands_the_gradient_down_the_stream_where_post_norm_shrinks_it():
-    """What reaches the first of 24 blocks along x alone, with the gradient through attention and MLP cut off."""
+    """What reaches the first of 24 blocks along x: hooks cut the gradient through the rest."""
     torch.manual_seed(0)
     blocks = [Block(GPTConfig(n_head=2, n_embd=32)) for _ in range(24)]
     for block in blocks:
@@ -85,8 +93,12 @@ def test_scaled_residual_projections_keep_the_stream_from_growing_with_depth():
                     if name.endswith("c_proj.weight"):
                         p.data *= math.sqrt(2 * n_layer)
             stream = {}
-            model.drop.register_forward_hook(lambda module, args, x, stream=stream: stream.update(first=x))
-            model.ln_f.register_forward_pre_hook(lambda module, args, stream=stream: stream.update(last=args[0]))
+            model.drop.register_forward_hook(
+                lambda module, args, x, stream=stream: stream.update(first=x)
+            )
+            model.ln_f.register_forward_pre_hook(
+                lambda module, args, stream=stream: stream.update(last=args[0])
+            )
             model(torch.arange(16)[None])
             growth[scaled, n_layer] = (stream["last"] - stream["first"]).var().item()
     assert growth[True, 32] == pytest.approx(growth[True, 2], rel=0.5)
@@ -96,9 +108,16 @@ def test_scaled_residual_projections_keep_the_stream_from_growing_with_depth():
 def test_gelu_is_x_times_the_share_of_a_normal_below_it():
     mlp = MLP(GPTConfig(n_head=1, n_embd=1))
     with torch.no_grad():  # so that the layer gives the mean of four equal GELUs
-        mlp.c_fc.weight.fill_(1.0), mlp.c_fc.bias.zero_(), mlp.c_proj.weight.fill_(0.25), mlp.c_proj.bias.zero_()
+        (
+            mlp.c_fc.weight.fill_(1.0),
+            mlp.c_fc.bias.zero_(),
+            mlp.c_proj.weight.fill_(0.25),
+            mlp.c_proj.bias.zero_(),
+        )
     x = torch.linspace(-4, 4, 81)[:, None]
-    torch.testing.assert_close(mlp(x), x * torch.distributions.Normal(0, 1).cdf(x), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        mlp(x), x * torch.distributions.Normal(0, 1).cdf(x), atol=1e-3, rtol=0
+    )
 
 
 def test_layer_norm_gives_each_token_mean_zero_and_variance_one():
@@ -112,11 +131,13 @@ def test_layer_norm_gives_each_token_mean_zero_and_variance_one():
 
 
 def test_teacher_forcing_learns_every_position_in_one_pass():
-    """The loss of a sequence is the mean over its positions of that of the next token after the true ones before it."""
+    """The loss of a sequence is the mean of the losses of each next token after the true ones."""
     torch.manual_seed(0)
     model = MiniGPT(GPTConfig(16, 65, 2, 2, 32)).eval()
     text = torch.randint(65, (1, 17))
-    one_by_one = [F.cross_entropy(model(text[:, :end])[0][:, -1], text[:, end]) for end in range(1, 17)]
+    one_by_one = [
+        F.cross_entropy(model(text[:, :end])[0][:, -1], text[:, end]) for end in range(1, 17)
+    ]
     torch.testing.assert_close(model(text[:, :-1], text[:, 1:])[1], torch.stack(one_by_one).mean())
 
 
@@ -124,9 +145,13 @@ def test_adamw_decays_all_weights_alike_and_adam_those_with_large_gradients_less
     left = {}
     for kind in ("adamw", "adam"):
         model = MiniGPT(GPTConfig(16, 65, 1, 2, 32))
-        optimizer = make_optimizer(model, Settings(learning_rate=1e-3, weight_decay=0.5, beta2=0.99))
+        optimizer = make_optimizer(
+            model, Settings(learning_rate=1e-3, weight_decay=0.5, beta2=0.99)
+        )
         if kind == "adam":  # the decay as a part of the gradient (L2 regularisation)
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.5)
+            optimizer = torch.optim.Adam(
+                model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.5
+            )
         for size, p in ((0.1, model.wte.weight), (100.0, model.h[0].mlp.c_fc.weight)):
             p.data.fill_(1.0)
             for step in range(200):
@@ -134,7 +159,11 @@ def test_adamw_decays_all_weights_alike_and_adam_those_with_large_gradients_less
                 optimizer.step()
             left[kind, size] = p.mean().item()
             p.grad = None
-    assert left["adamw", 0.1] == pytest.approx(left["adamw", 100.0], rel=1e-3) == pytest.approx(0.9995**200, rel=0.01)
+    assert (
+        left["adamw", 0.1]
+        == pytest.approx(left["adamw", 100.0], rel=1e-3)
+        == pytest.approx(0.9995**200, rel=0.01)
+    )
     assert left["adam", 0.1] < 0.9 and left["adam", 100.0] > 0.99
 
 
@@ -149,7 +178,9 @@ def test_float16_loses_small_gradients_which_a_scaler_or_bfloat16_keeps():
 
     assert gradient(torch.float16, 1.0) == 0.0  # below 6e-8 it has nothing
     assert gradient(torch.float16, 2.0**16) == pytest.approx(1e-8, rel=0.01)
-    assert gradient(torch.bfloat16, 1.0) == pytest.approx(1e-8, rel=0.01)  # the range of float32, but
+    assert gradient(torch.bfloat16, 1.0) == pytest.approx(
+        1e-8, rel=0.01
+    )  # the range of float32, but
     assert 1 + torch.tensor(2.0**-9, dtype=torch.bfloat16) == 1  # two or three digits
 
 
@@ -172,29 +203,30 @@ def test_clipping_shortens_the_gradient_and_keeps_its_direction(train, monkeypat
 
 
 def test_only_log_lines_wait_for_the_device(train, monkeypatch):
-    """A number taken out of a tensor makes the CPU wait for the GPU: only one that lives on the CPU may be."""
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)  # else the model looks at its ids, on CPUs only
+    """A number taken out of a tensor makes the CPU wait for the GPU, unless it is on the CPU."""
+    # as on a GPU, where the model does not look at its ids
+    monkeypatch.setattr(MiniGPT, "check_ids", lambda self, idx: None)
 
     class Waits(TorchDispatchMode):
+        count = 0
+
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten._local_scalar_dense.default:
-                self.counts[args[0].dtype == torch.int64] += 1
+                self.count += 1
             return function(*args, **(kwargs or {}))
 
-    counts = {}
+    counts = []
     for steps in (5, 15):
         with Waits() as waits:
-            waits.counts = {True: 0, False: 0}
             train(out_dir=f"out{steps}", max_iters=steps, eval_interval=100, log_interval=100)
-        counts[steps] = waits.counts
+        counts.append(waits.count)
     assert len(losses("out15")) == 1
-    assert counts[15][False] == counts[5][False]
-    assert counts[15][True] - counts[5][True] <= 2 * 10  # whether a signal has come: made on the CPU
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_the_model_can_be_sharded_over_ranks():
-    """torch's fully_shard takes it as it is (here on one rank): nothing in model.py stands in the way."""
+    """torch's fully_shard accepts the model as it is, here on one rank."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -20,77 +19,81 @@ def fails(done):
     return done.stderr
 
 
-@pytest.fixture
-def trained(run):
-    done = run("train.py", *flags(max_iters=100, eval_interval=100))
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def test_prepare_train_and_sample(run, trained):
+def test_prepare_train_and_sample(call):
     Path("play.txt").write_text(TEXT * 5, encoding="utf-8")
-    done = run("prepare_data.py", "play", "--input", "play.txt", "--tokenizer=byte")
+    done = call("prepare_data.py", "play", "--input", "play.txt", "--tokenizer=byte")
     assert done.returncode == 0 and "data/play: " in done.stdout and "from play.txt" in done.stdout
-    done = run("train.py", *flags(dataset="play", out_dir="play"))
+    done = call("train.py", *flags(dataset="play", out_dir="play"))
     assert done.returncode == 0 and "step 6/6" in done.stdout, done.stderr
+    done = call("train.py", *flags(max_iters=100, eval_interval=100))
+    assert done.returncode == 0, done.stderr
 
     shutil.move("out", "elsewhere")  # a checkpoint is all that sampling needs
     shutil.rmtree("data")
     sample = "sample.py", "--out_dir=elsewhere", "--device=cpu", "--max_new_tokens=60"
-    done = run(*sample, "--prompt=Whether 'tis", "--temperature=0")
+    done = call(*sample, "--prompt=Whether 'tis", "--temperature=0")
     assert done.returncode == 0 and done.stdout.startswith("Whether 'tis no"), done.stderr
     assert len(done.stdout) == len("Whether 'tis") + 60 + 1  # the text and nothing else
     assert "tokens/s" in done.stderr and "step 100" in done.stderr
     Path("prompt.txt").write_text("Whether 'tis", encoding="utf-8")
-    assert run(*sample, "--prompt_file=prompt.txt", "--temperature=0").stdout == done.stdout
-    assert run(*sample, "--prompt_file=-", "--temperature=0", input="Whether 'tis").stdout == done.stdout
+    again = call(*sample, "--prompt_file=prompt.txt", "--temperature=0")
+    assert again.stdout == done.stdout
 
-    assert "'☃' (U+2603)" in fails(run(*sample, "--prompt=the ☃"))
+    assert "'☃' (U+2603)" in fails(call(*sample, "--prompt=the ☃"))
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py"])
-def test_help_lists_the_settings(run, script):
-    done = run(script, "--help")
-    assert done.returncode == 0 and "Settings:" in done.stdout, done.stderr
+def test_the_scripts_are_commands(run):
+    """The one test that starts each as a process, with a pipe for its input and output."""
+    done = run("prepare_data.py", "play", "--input", "tiny.txt")
+    assert done.returncode == 0, done.stderr
+    done = run("train.py", *flags(dataset="play"))
+    assert done.returncode == 0 and "step 6/6" in done.stdout, done.stderr
+    options = ["--device=cpu", "--prompt_file=-", "--max_new_tokens=20"]
+    done = run("sample.py", *options, input="Whether 'tis")
+    assert done.returncode == 0 and done.stdout.startswith("Whether 'tis"), done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("name", EXTRAS)
-def test_help_lists_the_settings_of_other_jobs(monkeypatch, capsys, name):
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_module(name, run_name="__main__")
-    assert exit.value.code == 0 and "Settings:" in capsys.readouterr().out
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", *EXTRAS])
+def test_help_lists_the_settings(call, script):
+    done = call(script, "--help")
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr
 
 
-def test_mistakes_are_answered_before_any_work(run):
-    assert "did you mean --learning_rate?" in fails(run("train.py", "--learnin_rate=1"))
-    assert "expected a whole number" in fails(run("train.py", *flags(batch_size=1.5)))
-    assert "config/shakespeare.py" in fails(run("train.py"))  # the defaults' data is not here
-    assert "only shakespeare and python_docs need no --input" in fails(run("prepare_data.py", "mine"))
+def test_mistakes_are_answered_before_any_work(call):
+    assert "did you mean --learning_rate?" in fails(call("train.py", "--learnin_rate=1"))
+    assert "expected a whole number" in fails(call("train.py", *flags(batch_size=1.5)))
+    assert "config/shakespeare.py" in fails(call("train.py"))  # the defaults' data is not here
+    message = fails(call("prepare_data.py", "mine"))
+    assert "only shakespeare and python_docs need no --input" in message
     assert not Path("out").exists()
 
 
-def test_the_configs_are_settings(run):
+def test_the_configs_are_settings(call):
     for path in sorted((ROOT / "config").glob("[!_]*.py")):
-        done = run("train.py", path, "--dataset=nowhere", "--device=cpu")
+        done = call("train.py", path, "--dataset=nowhere", "--device=cpu", "--init_from=scratch")
         assert done.returncode == 2 and done.stderr.startswith("error: no data/nowhere")
 
 
+@pytest.mark.slow
 def test_a_compiled_run_equals_an_eager_one(run):
     for compile in (True, False):
         done = run("train.py", *flags(out_dir=f"out{compile}", compile=compile))
         assert done.returncode == 0 and "not compiling" not in done.stdout, done.stderr
-    lines = [Path(f"out{compile}/metrics.jsonl").read_text().splitlines() for compile in (True, False)]
-    for compiled, eager in zip(*lines, strict=True):
-        compiled, eager = json.loads(compiled), json.loads(eager)
-        loss = "loss" if "loss" in eager else "val_loss"
-        assert compiled[loss] == pytest.approx(eager[loss], rel=1e-4)
+    compiled_lines = Path("outTrue/metrics.jsonl").read_text().splitlines()
+    eager_lines = Path("outFalse/metrics.jsonl").read_text().splitlines()
+    for compiled, eager in zip(compiled_lines, eager_lines, strict=True):
+        compiled = json.loads(compiled)
+        eager = json.loads(eager)
+        key = "loss" if "loss" in eager else "val_loss"
+        assert compiled[key] == pytest.approx(eager[key], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="looks for a compiler otherwise")
 def test_without_a_compiler_training_goes_on_eagerly(run):
-    done = run("train.py", *flags(compile=True), env={"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": os.getcwd()})
+    env = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": os.getcwd()}
+    done = run("train.py", *flags(compile=True), env=env)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("not compiling")]
     assert "step 6/6" in done.stdout
