@@ -1,11 +1,12 @@
 """What prepare_data.py writes to data/NAME, as train.py reads it.
 
-train.bin and val.bin hold token ids, one after the other, as little-endian uint16 or uint32; meta.json has the
-tokenizer, the counts, and the source and sha256 of the text.
+train.bin and val.bin hold token ids, one after the other, as little-endian uint16 or uint32;
+meta.json has the tokenizer, the counts, and the source and sha256 of the text.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,35 +16,72 @@ from support.tokenizer import load_tokenizer
 DATA = Path("data")
 
 
-def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Return (training tokens, validation tokens, meta) of data/name, the tokens as memory-mapped arrays of shape (n,).
+def is_plain_name(name: str) -> bool:
+    """Whether data/name is a folder directly in data/."""
+    return name not in ("", "..") and Path(name).name == name
 
-    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for damage and too few tokens.
+
+def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """(training tokens, validation tokens, meta) of data/name; the tokens are memory-mapped, (n,).
+
+    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for damage and
+    for a split of no more than block_size tokens.
     """
     folder = DATA / name
-    if Path(name).name != name or not folder.is_dir():
+    if not is_plain_name(name) or not folder.is_dir():
         command = f"python prepare_data.py {name or 'NAME'} --input PATH"
-        raise UserError(f"no {folder} here: {command} makes it; config/shakespeare.py needs no preparation")
+        raise UserError(
+            f"no {folder} here: {command} makes it; config/shakespeare.py needs no preparation"
+        )
     if (folder / "partial" / "meta.json").exists():
         raise UserError(f"an interruption left {folder} half replaced: prepare the dataset again")
-    meta = dict(dataset=name, source=f"nanoGPT's {folder}", tokenizer="gpt2", vocab_size=50257, dtype="uint16")
-    if (path := folder / "meta.json").exists():
-        with user_error(f"{path} is damaged", Exception, advice="prepare the dataset again"):  # it may hold anything
-            meta = json.loads(path.read_text(encoding="utf-8")) | {"dataset": name}
-            same_size = meta["vocab_size"] == load_tokenizer(meta).vocab_size
-            if not (same_size and meta["dtype"] in ("uint16", "uint32") and meta["val_bytes"] > 0 and meta["source"]):
-                raise ValueError("its entries do not agree")
-    elif (folder / "meta.pkl").exists():
-        raise UserError(f"{folder / 'meta.pkl'} is a pickle, which is not opened: prepare the text itself again")
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    meta = read_meta(folder)
     splits = []
     for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if size == 0 or size / dtype.itemsize != meta.setdefault(f"{split}_tokens", size // dtype.itemsize):
-            raise UserError(f"{path} is missing or has a wrong size ({size:,} bytes): prepare the dataset again")
-        splits.append(np.memmap(path, dtype, mode="r").view(np.ndarray))
-        if len(splits[-1]) <= block_size:
-            needed = f"block_size {block_size} needs at least {block_size + 1}: give more text"
-            raise UserError(f"{path} has only {len(splits[-1])} tokens; {needed} or a smaller --block_size")
+        tokens = open_tokens(folder / f"{split}.bin", meta["dtype"])
+        if len(tokens) != meta.setdefault(f"{split}_tokens", len(tokens)):
+            raise UserError(f"{folder / split}.bin has a wrong size: prepare the dataset again")
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"{folder / split}.bin has only {len(tokens)} tokens; block_size {block_size} "
+                f"needs at least {block_size + 1}: give more text or a smaller --block_size"
+            )
+        splits.append(tokens)
     return *splits, meta
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What folder/meta.json says, with the dataset's name. Raises UserError for a damaged one."""
+    path = folder / "meta.json"
+    if (folder / "meta.pkl").exists() and not path.exists():
+        raise UserError(
+            f"{folder / 'meta.pkl'} is a pickle, which is not opened: prepare the text itself again"
+        )
+    if not path.exists():
+        return {
+            "dataset": folder.name,
+            "source": f"nanoGPT's {folder}",
+            "tokenizer": "gpt2",
+            "vocab_size": 50257,
+            "dtype": "uint16",
+        }
+    # it may hold anything
+    with user_error(f"{path} is damaged", Exception, advice="prepare the dataset again"):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta["dataset"] = folder.name
+        known_dtype = meta["dtype"] in ("uint16", "uint32")
+        same_size = meta["vocab_size"] == load_tokenizer(meta).vocab_size
+        if not (known_dtype and same_size and meta["val_bytes"] > 0 and meta["source"]):
+            raise ValueError("its entries do not agree")
+    return meta
+
+
+def open_tokens(path: Path, dtype: str) -> np.ndarray:
+    """The token ids in a file, memory-mapped. Raises UserError where it is missing or no such."""
+    dtype = np.dtype(dtype).newbyteorder("<")
+    size = path.stat().st_size if path.is_file() else 0
+    if size == 0 or size % dtype.itemsize > 0:
+        raise UserError(
+            f"{path} is missing or has a wrong size ({size:,} bytes): prepare the dataset again"
+        )
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
