@@ -11,7 +11,7 @@ import torch
 
 import train
 from model import GPTConfig, MiniGPT
-from support.runtime import PEAK, Ranks, flops_per_token
+from support.runtime import PEAK, share
 from support.settings import run_script, setting
 
 
@@ -60,10 +60,9 @@ def fitting(s: Settings, model: MiniGPT, gib: float) -> str:
 def main(s: Settings) -> None:
     with torch.device("meta"):  # shapes without memory
         model = MiniGPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
-    job = Ranks("cpu")
-    job.size = s.ranks
-    rows, micro_steps = job.share(s.batch_size, s.gradient_accumulation_steps)
-    parts, flops = memory(s, model, rows), flops_per_token(model)
+    rows, micro_steps = share(s.batch_size, s.gradient_accumulation_steps, s.ranks)
+    parts = memory(s, model, rows)
+    flops = model.flops_per_token()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs per token")
     print(f"memory of each rank, {micro_steps} x {rows} sequences of {s.block_size:,} tokens per step:")
     print(*(f"  {name:<12}{gib:8.2f} GiB" for name, gib in parts.items()), sep="\n")

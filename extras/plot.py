@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checkpoint import write_whole
+from support.checkpoint import write_atomically
 from support.settings import UserError, optional, run_script, setting, user_error
 
 MUTED, GRID = "#6b7280", "#e5e7eb"
@@ -64,7 +64,7 @@ def picture(path: Path, width: float, height: float) -> Iterator:
         with user_error(f"can't write {path}", OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)
             dpi = min(140, 10_000 / max(width, height))
-            write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi, bbox_inches="tight"))
+            write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi, bbox_inches="tight"))
 
 
 def drawable(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_scripts import fails
 
-from extras.bench import figure, load_nanogpt
+from dev.bench import figure, load_nanogpt
 from extras.plot import read_metrics
 from model import GPTConfig, MiniGPT
 from prepare_data import prepare
@@ -39,7 +39,7 @@ def save_as_nanogpt(model, path):
 
 
 def test_the_benchmark_prints_its_table(run):
-    done = run("extras.bench", "--work=train:char", "--rounds=1", "--steps=2", "--device=cpu")
+    done = run("dev.bench", "--work=train:char", "--rounds=1", "--steps=2", "--device=cpu")
     assert done.returncode == 0, done.stderr
     machine, limits, *_, row, _, legend = done.stdout.splitlines()
     assert f"torch {torch.__version__}" in machine and torch.backends.cpu.get_cpu_capability() in machine
@@ -48,7 +48,7 @@ def test_the_benchmark_prints_its_table(run):
     assert (work, program) == ("train:char", "MiniGPT")
     assert float(speed.split()[0].replace(",", "")) > 0 and share.endswith("%")
     assert "spread" in legend
-    assert "there is train:char" in fails(run("extras.bench", "--work=train:moon"))
+    assert "there is train:char" in fails(run("dev.bench", "--work=train:moon"))
 
 
 def test_a_figure_says_how_far_it_can_be_trusted():
@@ -74,7 +74,7 @@ def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
     save_as_nanogpt(model, folder / "run" / "ckpt.pt")
     (folder / "train.py").write_text(NANOGPT, encoding="utf-8")
     flags = "--flags=--max_iters=20 --weight_decay=0.2"
-    race = "extras.bench", "--race=matched", "--rounds=1", f"--nanogpt={folder}", flags
+    race = "dev.bench", "--race=matched", "--rounds=1", f"--nanogpt={folder}", flags
     assert "a clone of nanoGPT" in fails(run(*race))
     (folder / "model.py").touch()
     assert "prepare both from the same file" in fails(run(*race))

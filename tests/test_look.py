@@ -9,7 +9,14 @@ import torch
 
 import sample
 from extras import look
-from extras.look import attention_maps, describe_choice, draw_attention, paint, visible
+from extras.look import (
+    attention_maps,
+    describe_choice,
+    draw_attention,
+    paint,
+    token_logits,
+    visible,
+)
 from model import GPTConfig, MiniGPT
 from support.pretrained import save_pretrained
 from support.settings import UserError
@@ -20,11 +27,17 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def random_model(**changes):
     torch.manual_seed(0)
-    sizes = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_embd": 32} | changes
-    model = MiniGPT(GPTConfig(**sizes)).eval()
+    sizes = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    model = MiniGPT(GPTConfig(**(sizes | changes))).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
+
+
+def random_text(model, length):
+    return torch.randint(
+        model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.fixture
@@ -36,7 +49,7 @@ def terminal(monkeypatch):
 
 
 def show(model, tokenizer, capsys, **settings):
-    look.write(model, tokenizer, look.Settings(**settings))
+    look.show_texts(model, tokenizer, look.Settings(**settings))
     return capsys.readouterr()
 
 
@@ -45,30 +58,46 @@ def uncolored(text):
 
 
 @pytest.mark.parametrize("is_terminal, no_color", [(True, ""), (True, "1"), (False, "")])
-def test_tokens_are_coloured_in_terminals_only_and_the_text_is_that_of_sample(
+def test_the_text_is_that_of_sample_and_coloured_in_terminals_only(
     train, capsys, monkeypatch, terminal, is_terminal, no_color
 ):
     train()
     terminal(is_terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
     capsys.readouterr()
-    options = {"prompt": "To be", "max_new_tokens": 30, "device": "cpu", "top_k": 5, "repetition_penalty": 1.2}
+    options = {"prompt": "To be", "max_new_tokens": 30, "device": "cpu", "top_k": 5}
+    options |= {"repetition_penalty": 1.2, "num_samples": 2}
     sample.main(sample.Settings(**options))
     plain = capsys.readouterr().out
     look.main(look.Settings(**options))
     shown = capsys.readouterr().out
     assert uncolored(shown) == plain
-    colored = is_terminal and not no_color
-    assert len(re.findall(r"\x1b", shown)) == (2 * sum(c != "\n" for c in plain[5:-1]) if colored else 0)
+    is_colored = is_terminal and not no_color
+    assert ("\x1b" in shown) == is_colored
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 50])
+def test_what_is_predicted_after_each_token_is_a_plain_forward_pass(length):
+    """Of a long text: over a window that ends there, of at least half of block_size."""
+    model = random_model()
+    idx = random_text(model, length)
+    rows = list(token_logits(model, idx))
+    assert len(rows) == length
+    for i, row in enumerate(rows):
+        windows = [idx[begin : i + 1] for begin in range(max(0, i - 15), max(0, i - 7) + 1)]
+        possible = [model(window[None])[0][0, -1] for window in windows]
+        assert any(torch.allclose(row, logits, atol=1e-4) for logits in possible)
 
 
 def test_the_probability_shown_is_the_models_whatever_is_drawn_from(capsys, terminal):
     terminal(False)
-    model, tokenizer = random_model(), CharTokenizer(map(chr, range(60, 125)))
-    options = {"prompt": "ABC", "max_new_tokens": 13, "temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5}
-    text, lines = show(model, tokenizer, capsys, alternatives=2, **options).out.split("\n\n")
+    model = random_model()
+    tokenizer = CharTokenizer(map(chr, range(60, 125)))
+    options = {"max_new_tokens": 13, "temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5}
+    out = show(model, tokenizer, capsys, prompt="ABC", alternatives=2, **options).out
+    text, lines = out.split("\n\n")
     lines = lines.splitlines()[1:]
-    probs = model(torch.tensor([tokenizer.encode(text)]))[0][0].softmax(-1)  # no cache; (16, vocab_size)
+    probs = model(torch.tensor([tokenizer.encode(text)]))[0][0].softmax(-1)  # (16, vocab_size)
     assert len(lines) == 13
     for i, line in enumerate(lines, 3):
         found = re.findall(r"'(.+?)' +([\d.]+)%", line.replace("\\\\", "\\"))
@@ -80,36 +109,33 @@ def test_the_probability_shown_is_the_models_whatever_is_drawn_from(capsys, term
             assert percent == pytest.approx(100 * probs[i - 1, token].item(), abs=0.051)
 
 
-def test_a_character_of_several_tokens_is_shown_whole(capsys, terminal):
+def test_a_character_of_several_tokens_is_shown_whole(capsys, terminal, monkeypatch):
     terminal(True)
-    model = random_model(vocab_size=256)
     snow = list("☃é".encode())
-
-    class Snow(torch.nn.Module):  # its next byte is always the next of a snowman and an é
-        def forward(self, idx, cache=None):
-            logits = torch.zeros(*idx.shape, 256)
-            following = [snow[(snow.index(int(i)) + 1) % 5] if int(i) in snow else snow[0] for i in idx[0]]
-            return logits.scatter(-1, torch.tensor([following])[..., None], 9.0), None
-
-        config, wte = model.config, model.wte
-
-    shown = show(Snow(), ByteTokenizer(), capsys, prompt="x", max_new_tokens=10, temperature=0.0, alternatives=1)
-    assert uncolored(shown.out).startswith("x☃é☃é\n")
-    assert "'\\xe2'" in shown.out and "the model's probability:" in uncolored(shown.err)
+    monkeypatch.setattr(sample, "generate", lambda *args, **options: torch.tensor([[120, *snow]]))
+    model = random_model(vocab_size=256)
+    options = {"prompt": "x", "max_new_tokens": 5, "alternatives": 1}
+    shown = show(model, ByteTokenizer(), capsys, **options)
+    assert uncolored(shown.out).startswith("x☃é\n")
+    assert "'\\xe2'" in shown.out
+    assert "the model's probability:" in uncolored(shown.err)
 
 
 def test_the_end_of_text_ends_it(capsys, terminal):
     terminal(False)
-    model, tokenizer = random_model(), CharTokenizer(map(chr, range(60, 125)))
-    options = {"prompt": "A", "max_new_tokens": 9, "temperature": 0.0, "repetition_penalty": 2.0}
+    model = random_model()
+    tokenizer = CharTokenizer(map(chr, range(60, 125)))
+    options = {"max_new_tokens": 9, "temperature": 0.0, "repetition_penalty": 2.0, "prompt": "A"}
     free = show(model, tokenizer, capsys, **options).out.strip("\n")
     tokenizer.eos_token = tokenizer.encode(free[4])[0]
-    assert show(model, tokenizer, capsys, **options).out == free[: free.index(free[4], 1)] + "\n"
+    ended = show(model, tokenizer, capsys, **options).out
+    assert ended == free[: free.index(free[4], 1)] + "\n"
     assert show(model, tokenizer, capsys, stop_at_eos=False, **options).out == free + "\n"
 
 
 def test_the_colour_tells_the_probability():
-    assert paint("a\nb", 0.95) == "\033[30;48;5;114ma\033[0m\n\033[30;48;5;114mb\033[0m"
+    green = "\033[30;48;5;114m"
+    assert paint("a\nb", 0.95) == f"{green}a\033[0m\n{green}b\033[0m"
     assert len({paint("a", p) for p in (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)}) == 5
     probs = torch.tensor([0.1, 0.6, 0.3])
     line = describe_choice(probs, 2, 5, CharTokenizer("abc"))
@@ -117,40 +143,58 @@ def test_the_colour_tells_the_probability():
 
 
 def test_what_can_not_be_seen_is_escaped():
-    assert [visible(token) for token in (b" a", b"\n\t", "中".encode(), b"\xe4\xb8", "\u200b".encode())] == [
-        " a", "\\n\\t", "中", "\\xe4\\xb8", "\\u200b",
-    ]  # fmt: skip
+    tokens = [b" a", b"\n\t", "中".encode(), b"\xe4\xb8", "\u200b".encode()]
+    assert [visible(token) for token in tokens] == [" a", "\\n\\t", "中", "\\xe4\\xb8", "\\u200b"]
 
 
 def test_the_maps_are_the_formula_and_times_v_what_attention_gives():
-    """The oracles are softmax(Q K^T / sqrt(D) + M), written out, and the output of the model's own attention."""
+    """Oracles: softmax(Q K^T / sqrt(D) + M), written out, and the model's own attention."""
     model = random_model()
-    idx = torch.randint(65, (11,))
+    idx = random_text(model, 11)
     maps = attention_maps(model, idx)
-    assert maps.shape == (2, 4, 11, 11) and not maps.triu(1).any()
+    assert maps.shape == (2, 4, 11, 11)
+    assert not maps.triu(1).any()
     for block, heads in zip(model.h, maps, strict=True):
         calls = []
-        block.attn.register_forward_hook(lambda module, args, y, calls=calls: calls.append((args[0], y)))
+        block.attn.register_forward_hook(
+            lambda module, args, y, calls=calls: calls.append((args[0], y))
+        )
         with torch.inference_mode():
             model(idx[None])
             x, expected = calls[0]
-            q, k, v = block.attn.c_attn(x)[0].view(11, 3, 4, 8).permute(1, 2, 0, 3)  # each (H, T, D)
-            scores = q @ k.transpose(1, 2) / math.sqrt(8) + torch.full((11, 11), -torch.inf).triu(1)
+            q, k, v = block.attn.c_attn(x)[0].view(11, 3, 4, 8).permute(1, 2, 0, 3)  # (H, T, D)
+            mask = torch.full((11, 11), -torch.inf).triu(1)
+            scores = q @ k.transpose(1, 2) / math.sqrt(8) + mask
             y = block.attn.c_proj((heads @ v).transpose(0, 1).reshape(11, 32))
         torch.testing.assert_close(heads, scores.softmax(-1))
         torch.testing.assert_close(y, expected[0])
 
 
+def test_attention_that_is_not_the_formula_is_refused(monkeypatch):
+    """As rotary positions would make it, say: maps of something else would mislead."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    other = lambda q, k, v, **options: attend(q.flip(-1), k, v, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other)
+    model = random_model()
+    with pytest.raises(UserError, match="attention in another way"):
+        attention_maps(model, random_text(model, 11))
+
+
 def test_a_map_shows_what_each_token_looks_at_under_readable_labels(tmp_path, monkeypatch):
-    """Also of tokens that the font lacks, that are parts of characters, or that matplotlib would read as formulas."""
+    """Also of tokens that the font lacks or matplotlib would read as formulas, or parts of them."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *where, **how: figures.append(figure) or save(figure, *where, **how)
-    )
-    model, tokenizer = random_model(vocab_size=256), ByteTokenizer()
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *where, **how):
+        figures.append(figure)
+        save(figure, *where, **how)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    model = random_model(vocab_size=256)
+    tokenizer = ByteTokenizer()
     text = "a$ é$\n"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -158,20 +202,19 @@ def test_a_map_shows_what_each_token_looks_at_under_readable_labels(tmp_path, mo
         chars = CharTokenizer("$ab中☃\U0001f642")
         draw_attention(model, chars, "$a$中\U0001f642", tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
-    axis = figures[0].axes[0]
-    labels = ["a", "$", "\N{MIDDLE DOT}", "\\xc3", "\\xa9", "$", "\\n"]
-    assert [label.get_text() for label in axis.get_xticklabels()] == labels * 4
-    assert [label.get_text() for label in axis.get_yticklabels()] == labels * 2
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("token looked at", "token that looks")
-    assert "\\u4e2d" in [label.get_text() for label in figures[1].axes[0].get_xticklabels()]
     maps = attention_maps(model, torch.tensor(tokenizer.encode(text)))
-    image = axis.images[0].get_array()
-    columns, rows = axis.get_xticks(), axis.get_yticks()
-    for layer, head, i, j in ((0, 0, 3, 1), (1, 2, 6, 6), (1, 3, 5, 0)):
-        assert image[rows[layer * 7 + i], columns[head * 7 + j]] == pytest.approx(maps[layer, head, i, j].item())
-    assert image.mask[rows[0], columns[1]]  # the future has no colour
-    titles = {text.get_text(): text.get_position() for text in axis.texts}
-    assert len(titles) == 8 and titles["layer 1, head 2"] == (columns[2 * 7], rows[7] - 1)
+    axes = {axis.get_title(): axis for axis in figures[0].axes if axis.get_title()}
+    assert len(axes) == 8
+    for layer, head in ((0, 0), (1, 2), (1, 3)):
+        image = axes[f"layer {layer}, head {head}"].images[0].get_array()
+        torch.testing.assert_close(torch.tensor(image.filled(0.0)), maps[layer, head])
+        assert image.mask[0, 1]  # the future has no colour
+    labels = ["a", "$", "\N{MIDDLE DOT}", "\\xc3", "\\xa9", "$", "\\n"]
+    corner = axes["layer 1, head 0"]
+    assert [label.get_text() for label in corner.get_xticklabels()] == labels
+    assert [label.get_text() for label in corner.get_yticklabels()] == labels
+    every = [label.get_text() for axis in figures[1].axes for label in axis.get_xticklabels()]
+    assert "\\u4e2d" in every
 
 
 def test_attention_of_a_checkpoint_is_drawn_by_the_command(train, capsys):
@@ -180,7 +223,7 @@ def test_attention_of_a_checkpoint_is_drawn_by_the_command(train, capsys):
     look.main(look.Settings(attention="To be, that"))
     assert capsys.readouterr().out.splitlines()[-1] == str(Path("out/attention.png"))
     assert Path("out/attention.png").read_bytes().startswith(PNG)
-    with pytest.raises(UserError, match=r"19 tokens are more than the model can see at once \(16\)"):
+    with pytest.raises(UserError, match="19 tokens are more than the 16"):
         look.main(look.Settings(attention="To be, or not to be"))
 
 
@@ -189,7 +232,8 @@ def test_weights_of_a_folder_can_be_looked_into(tmp_path, capsys, terminal):
     terminal(False)
     tokenizer = train_bpe(["to be or not to be, that is the question"] * 3, 270)
     save_pretrained(random_model(vocab_size=270), tmp_path, tokenizer)
-    look.main(look.Settings(init_from=str(tmp_path), prompt="to be", max_new_tokens=3, alternatives=1, device="cpu"))
+    options = {"prompt": "to be", "max_new_tokens": 3, "alternatives": 1, "device": "cpu"}
+    look.main(look.Settings(init_from=str(tmp_path), **options))
     assert len(re.findall(r"%$", capsys.readouterr().out, re.MULTILINE)) == 3
 
 

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from conftest import flags
-from test_train import losses, same
 
 import support.muon
 from support.muon import Muon, orthogonal
@@ -273,13 +271,33 @@ def test_no_step_looks_at_a_value():
     optimizer.step()
 
 
-def test_two_ranks_train_with_muon_as_one_does_and_a_run_resumes_to_the_bit(run, train):
-    steps = {"optimizer": "muon", "lr_decay_iters": 8, "max_iters": 8, "eval_interval": 4}
-    train(**steps, out_dir="one")
-    done = run("train.py", *flags(**steps, out_dir="two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    for stop in (4, 8):
-        train(**(steps | {"max_iters": stop}), out_dir="parts")
-    whole, parts = torch.load("one/last.pt"), torch.load("parts/last.pt")
-    assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
-    assert losses("one") == pytest.approx(losses("two"), rel=1e-3)
+def test_a_closure_is_called_once_and_its_loss_returned():
+    params, optimizer = some_of_each()
+    set_gradients(params, 0)
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        return torch.tensor(1.5)
+
+    assert optimizer.step(closure) == 1.5
+    assert calls == [True]
+
+
+def test_hooks_run_once_per_step_and_groups_can_be_added():
+    params, optimizer = some_of_each()
+    (new,) = parameters([(16, 32)], seed=7)
+    optimizer.add_param_group({"params": [new], "splits": 1})
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    before = new.detach().clone()
+    set_gradients([*params, new], 0)
+    optimizer.step()
+    assert calls == ["before", "after"]
+    assert not torch.equal(new, before)
+
+
+def test_a_parameter_that_is_no_matrices_is_refused():
+    with pytest.raises(ValueError, match="can't be split into 3 matrices"):
+        Muon([{"params": parameters([(10, 4)]), "splits": 3}])

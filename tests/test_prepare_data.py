@@ -329,7 +329,7 @@ def test_a_failed_preparation_leaves_the_old_dataset(workdir, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for target in ("support.checkpoint.write_whole", "prepare_data.TokenFile.write"):
+    for target in ("support.checkpoint.write_atomically", "prepare_data.TokenFile.write"):
         with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
             m.setattr(target, full_disk)
             prepare("tiny", "tiny.txt", "byte")

@@ -324,7 +324,7 @@ def test_an_export_that_fails_does_not_look_whole(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("support.checkpoint.write_whole", full)
+    monkeypatch.setattr("support.checkpoint.write_atomically", full)
     with pytest.raises(UserError, match=r"can't be written .*No space left"):
         save_pretrained(random_model(), tmp_path)
     assert not (tmp_path / "config.json").exists()

@@ -1,8 +1,8 @@
 """Measure how fast this machine trains and decodes, beside its limits and other programs. Run it in the repository.
 
-python -m extras.bench --peer=transformers --nanogpt=PATH  a table of speeds; without these two, of MiniGPT alone
-python -m extras.bench --nanogpt=PATH --race=matched       both programs train by nanoGPT's recipe for a CPU
-python -m extras.bench --nanogpt=PATH --race=recipe        nanoGPT by that one, MiniGPT by config/shakespeare.py
+python -m dev.bench --peer=transformers --nanogpt=PATH  a table of speeds; without these two, of MiniGPT alone
+python -m dev.bench --nanogpt=PATH --race=matched       both programs train by nanoGPT's recipe for a CPU
+python -m dev.bench --nanogpt=PATH --race=recipe        nanoGPT by that one, MiniGPT by config/shakespeare.py
 
 PATH is a clone of nanoGPT, which runs as it says: uncompiled in float32 on a CPU, compiled in bfloat16 on a GPU.
 Programs take turns, A B A B, each in a process of its own, so that none finds memory, threads or compiled code of
@@ -11,6 +11,7 @@ python -m extras.plot --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT
 """
 
 import json
+import platform
 import re
 import runpy
 import shutil
@@ -19,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import cpu_count, get_context
 from pathlib import Path
@@ -33,9 +33,9 @@ from extras.plot import read_metrics
 from model import GPTConfig, MiniGPT
 from sample import generate, load_model
 from support.dataset import open_dataset
-from support.fast import CompiledReader
+from support.fast import CompiledDecoder, pack
 from support.kernels import choose_kernels
-from support.runtime import AVX512, CHIP, best_dtype, flops_per_token, pick_device
+from support.runtime import best_dtype, cpu_features, pick_device
 from support.settings import UserError, optional, read_settings, run_script, setting
 
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
@@ -84,19 +84,18 @@ def training_step(s: Settings, program: str, model: torch.nn.Module, x: torch.Te
     if program == "MiniGPT":
         optimizer = train.make_optimizer(model, train.Settings())
         dtype, compiled = best_dtype(x.device) if s.dtype == "auto" else s.dtype, x.is_cuda
-        kernels = choose_kernels(x.device, compiled)
+        rows, block_size = x.shape
+        choose_kernels(x.device, dtype, rows * model.config.n_head * block_size**2)
     else:
-        kernels = nullcontext()
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), x.device.type)
         dtype, compiled = ("bfloat16", True) if x.is_cuda else ("float32", False)
     network = torch.compile(model) if compiled else model
     autocast = torch.autocast(x.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     def step():
-        with kernels:
-            with autocast:
-                loss = network(x, y)[1]
-            loss.backward()
+        with autocast:
+            loss = network(x, y)[1]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -123,9 +122,11 @@ def measure(s: Settings, name: str, program: str) -> float:
         action = training_step(s, program, model, x, y)
     else:
         model.to(getattr(torch, s.decode_dtype)).eval()
-        read = CompiledReader(model) if device.type == "cuda" else None
+        fast = model
+        if program == "MiniGPT":
+            fast = CompiledDecoder(model) if device.type == "cuda" else pack(model, rows)
         action = {  # greedily, after a prompt of one token
-            "MiniGPT": lambda: generate(model, x[:, :1], n, temperature=0, read=read),
+            "MiniGPT": lambda: generate(fast, x[:, :1], n, temperature=0),
             "nanoGPT": lambda: model.generate(x[:, :1], n, top_k=1),
             "transformers": lambda: model.generate(x[:, :1], max_new_tokens=n, do_sample=False),
         }[program]
@@ -147,7 +148,7 @@ def table(s: Settings, device: torch.device, machine: str) -> None:
         *sizes, rows, n = WORK[name]
         model = MiniGPT(GPTConfig(*sizes, bias=False)).to("meta", getattr(torch, s.decode_dtype))  # for its size
         nbytes = sum(p.nbytes for name, p in model.named_parameters() if name != "wpe.weight")  # read for each token
-        limit = rows * reading / nbytes if n else products / flops_per_token(model)  # tokens per second
+        limit = rows * reading / nbytes if n else products / model.flops_per_token()  # tokens per second
         results = {program: [] for program in programs if n or program != "transformers"}
         for program in [*results] * s.rounds:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -173,6 +174,7 @@ def load_nanogpt(path: Path) -> MiniGPT:
     model = MiniGPT(GPTConfig(**state["model_args"]))
     for name, p in model.named_parameters():
         p.data = state["model"][f"transformer.{name}"]
+    model.lm_head.weight = model.wte.weight
     return model
 
 
@@ -218,9 +220,9 @@ def main(s: Settings) -> None:
     if s.nanogpt and not Path(s.nanogpt, "model.py").exists():
         raise UserError(f"no {s.nanogpt}/model.py: --nanogpt is the folder of a clone of nanoGPT")
     device = pick_device("cpu" if s.race else s.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else CHIP.get("cpu_name", device.type)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     kernels = torch.backends.cpu.get_cpu_capability()
-    kernels += "".join(f" {k}" for k in ("avx512_bf16", "amx_bf16") if AVX512 and CHIP.get(k))
+    kernels += "".join(f" {k}" for k in ("avx512_bf16", "amx_bf16") if k in cpu_features())
     machine = f"{name}, {kernels}, {cpu_count()} cores, {torch.get_num_threads()} threads"
     (race if s.race else table)(s, device, f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print("\nin brackets: the spread over the rounds, (max - min) / median; (!) is above a fifth: not to be trusted")
