@@ -169,7 +169,7 @@ class MiniGPT(nn.Module):
         self.check_ids(idx)
         T = idx.size(1)
         if cache is None:
-            if T > self.config.block_size:
+            if self.config.block_size < T:
                 raise ValueError(f"{T} tokens exceed block_size ({self.config.block_size})")
             positions = torch.arange(T, device=idx.device)
         else:

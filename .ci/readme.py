@@ -31,7 +31,9 @@ SKIPPED = {
 
 def commands(markdown):
     """The commands in a text's sh blocks, without comments, continued lines joined."""
-    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)).replace(
+        "\\\n", " "
+    )
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in blocks.splitlines()]
     return [line for line in lines if line.startswith(("python", "torchrun"))]
 
@@ -41,7 +43,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "MiniGPT")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "data", "out"))
-        with (copy / "config" / "shakespeare.py").open("a", encoding="utf-8", newline="\n") as config:
+        with (copy / "config" / "shakespeare.py").open(
+            "a", encoding="utf-8", newline="\n"
+        ) as config:
             config.write(SMALL)
         (copy / "prompt.txt").write_text("ROMEO:", encoding="utf-8")
         prepare = f"python prepare_data.py shakespeare --input {text}"
@@ -54,13 +58,17 @@ def main():
                 for command in commands(page.read_text("utf-8"))
             ),
         ]:
-            if reason := next((reason for part, reason in SKIPPED.items() if part in command), None):
+            if reason := next(
+                (reason for part, reason in SKIPPED.items() if part in command), None
+            ):
                 print(f"skipped, {reason}: {command}")
                 continue
             here = re.sub(r"\b(PATH|FILE)\b", str(text), command)
             begun = time.perf_counter()
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(here, shell=True, cwd=copy, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                here, shell=True, cwd=copy, env=environment, capture_output=True, text=True
+            )
             print(f"{time.perf_counter() - begun:5.1f} s: {command}", flush=True)
             if done.returncode:
                 sys.exit(f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")

@@ -41,7 +41,15 @@ from support.settings import UserError, optional, read_settings, run_script, set
 WORK = {  # name: (block_size, vocab_size, n_layer, n_head, n_embd, rows, tokens to decode or 0 to train)
     "train:char": (64, 65, 4, 4, 128, 12, 0),
     "train:baby": (256, 65, 6, 6, 384, 16, 0),
-    "train:gpt2": (1024, 50304, 12, 12, 768, 1, 0),  # GPT-2's vocabulary, padded as all but transformers do
+    "train:gpt2": (
+        1024,
+        50304,
+        12,
+        12,
+        768,
+        1,
+        0,
+    ),  # GPT-2's vocabulary, padded as all but transformers do
     "decode:baby": (256, 65, 6, 6, 384, 1, 500),
     "decode:gpt2": (1024, 50304, 12, 12, 768, 1, 96),
 }
@@ -55,15 +63,25 @@ RECIPE = (  # nanoGPT's for a CPU: the flags of its README, and what its config/
 @dataclass
 class Settings:
     work: str = setting(",".join(WORK), "what to measure")
-    peer: str = setting("", "another program: transformers, which decodes", choices=("", "transformers"))
+    peer: str = setting(
+        "", "another program: transformers, which decodes", choices=("", "transformers")
+    )
     nanogpt: str = setting("", "folder of a clone of nanoGPT, which trains and decodes")
     rounds: int = setting(3, "measurements of each, of which the median counts", 1)
     steps: int = setting(0, "training steps or texts per measurement, 0 for some seconds", 0)
     device: str = setting("auto", "cpu, cuda, ...; auto is the best available; races are on a CPU")
-    dtype: str = setting("auto", "of MiniGPT's matrix products in training", choices=("auto", "float32", "bfloat16"))
-    decode_dtype: str = setting("float32", "of all weights in decoding", choices=("float32", "bfloat16"))
-    race: str = setting("", "instead of the table, train MiniGPT against nanoGPT", choices=("", "matched", "recipe"))
-    flags: str = setting("", "more settings of MiniGPT's train.py in a race, such as --dtype=bfloat16")
+    dtype: str = setting(
+        "auto", "of MiniGPT's matrix products in training", choices=("auto", "float32", "bfloat16")
+    )
+    decode_dtype: str = setting(
+        "float32", "of all weights in decoding", choices=("float32", "bfloat16")
+    )
+    race: str = setting(
+        "", "instead of the table, train MiniGPT against nanoGPT", choices=("", "matched", "recipe")
+    )
+    flags: str = setting(
+        "", "more settings of MiniGPT's train.py in a race, such as --dtype=bfloat16"
+    )
 
 
 def figure(values: Sequence[float], form: str = ",.1f") -> str:
@@ -79,7 +97,9 @@ def seconds(code: str, repeat: int = 0, **names: object) -> float:
     return (timer.timeit(repeat) if repeat else timer.blocked_autorange(min_run_time=6)).median
 
 
-def training_step(s: Settings, program: str, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable:
+def training_step(
+    s: Settings, program: str, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> Callable:
     """A function that trains program's model one step on inputs x and targets y."""
     if program == "MiniGPT":
         optimizer = train.make_optimizer(model, train.Settings())
@@ -115,7 +135,9 @@ def measure(s: Settings, name: str, program: str) -> float:
         model = theirs["GPT"](theirs["GPTConfig"](**asdict(config))).to(device)
     else:
         transformers = optional("transformers")
-        hf_config = transformers.GPT2Config(**asdict(config), n_positions=1024, bos_token_id=None, eos_token_id=None)
+        hf_config = transformers.GPT2Config(
+            **asdict(config), n_positions=1024, bos_token_id=None, eos_token_id=None
+        )
         model = transformers.GPT2LMHeadModel(hf_config).to(device)
     x, y = torch.randint(config.vocab_size, (2, rows, config.block_size), device=device)
     if not n:
@@ -135,27 +157,44 @@ def measure(s: Settings, name: str, program: str) -> float:
 
 def table(s: Settings, device: torch.device, machine: str) -> None:
     """Print the limits of the machine, and the speed of each program at each work."""
-    names, programs = s.work.split(","), ["MiniGPT", *["nanoGPT"] * bool(s.nanogpt), *[s.peer] * bool(s.peer)]
+    names, programs = (
+        s.work.split(","),
+        ["MiniGPT", *["nanoGPT"] * bool(s.nanogpt), *[s.peer] * bool(s.peer)],
+    )
     if unknown := [name for name in names if name not in WORK]:
         raise UserError(f"unknown work {', '.join(unknown)}: there is {', '.join(WORK)}")
-    dtype, n = best_dtype(device) if s.dtype == "auto" else s.dtype, 8192 if device.type == "cuda" else 2048
+    dtype, n = (
+        best_dtype(device) if s.dtype == "auto" else s.dtype,
+        8192 if device.type == "cuda" else 2048,
+    )
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     products = 2 * n**3 / seconds("a @ a", s.steps, a=a)
     reading = 2**30 / seconds("a.sum()", s.steps, a=torch.ones(2**28, device=device))
-    print(f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n")
+    print(
+        f"{machine}\n{products / 1e9:,.1f} GFLOP/s in {dtype} matrix products, {reading / 1e9:.1f} GB/s of reading\n"
+    )
     print(f"| work | program | tokens/s | of the limit | MiniGPT / this |\n|{' --- |' * 5}")
     for name in names:
         *sizes, rows, n = WORK[name]
-        model = MiniGPT(GPTConfig(*sizes, bias=False)).to("meta", getattr(torch, s.decode_dtype))  # for its size
-        nbytes = sum(p.nbytes for name, p in model.named_parameters() if name != "wpe.weight")  # read for each token
-        limit = rows * reading / nbytes if n else products / model.flops_per_token()  # tokens per second
+        model = MiniGPT(GPTConfig(*sizes, bias=False)).to(
+            "meta", getattr(torch, s.decode_dtype)
+        )  # for its size
+        nbytes = sum(
+            p.nbytes for name, p in model.named_parameters() if name != "wpe.weight"
+        )  # read for each token
+        limit = (
+            rows * reading / nbytes if n else products / model.flops_per_token()
+        )  # tokens per second
         results = {program: [] for program in programs if n or program != "transformers"}
         for program in [*results] * s.rounds:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 results[program].append(process.submit(measure, s, name, program).result())
         for program, speeds in results.items():
             ratio = figure(np.divide(results["MiniGPT"], speeds), ".2f")
-            print(f"| {name} | {program} | {figure(speeds)} | {np.median(speeds) / limit:.0%} | {ratio} |", flush=True)
+            print(
+                f"| {name} | {program} | {figure(speeds)} | {np.median(speeds) / limit:.0%} | {ratio} |",
+                flush=True,
+            )
 
 
 def run(command: list[str], folder: str = ".") -> tuple[float, list[tuple[float, str]]]:
@@ -180,15 +219,33 @@ def load_nanogpt(path: Path) -> MiniGPT:
 
 def race(s: Settings, device: torch.device, machine: str) -> None:
     """Train with both programs in turn. Print the whole commands' seconds and the losses of the best checkpoints."""
-    val_tokens, path = open_dataset("shakespeare")[1], Path(s.nanogpt, "data/shakespeare_char/val.bin")
+    val_tokens, path = (
+        open_dataset("shakespeare")[1],
+        Path(s.nanogpt, "data/shakespeare_char/val.bin"),
+    )
     if not path.exists() or not np.array_equal(np.fromfile(path, "<u2"), val_tokens):
-        raise UserError(f"{path} is not of the text of data/shakespeare: prepare both from the same file")
+        raise UserError(
+            f"{path} is not of the text of data/shakespeare: prepare both from the same file"
+        )
     mine, theirs = Path("out/race/MiniGPT"), Path("out/race/nanoGPT").resolve()
-    matched, recipe = f"--dataset=shakespeare --eval_iters=40 {RECIPE}", "config/shakespeare.py --device=cpu"
-    flags = [f"--out_dir={mine}", *(matched if s.race == "matched" else recipe).split(), *s.flags.split()]
-    ours, base = (asdict(read_settings(train.Settings, argv, "")) for argv in (flags, [flags[0], *matched.split()]))
+    matched, recipe = (
+        f"--dataset=shakespeare --eval_iters=40 {RECIPE}",
+        "config/shakespeare.py --device=cpu",
+    )
+    flags = [
+        f"--out_dir={mine}",
+        *(matched if s.race == "matched" else recipe).split(),
+        *s.flags.split(),
+    ]
+    ours, base = (
+        asdict(read_settings(train.Settings, argv, ""))
+        for argv in (flags, [flags[0], *matched.split()])
+    )
     ours["dtype"] = ours["dtype"].replace("auto", best_dtype(device))
-    command = [*f"train.py config/train_shakespeare_char.py --eval_iters=20 {RECIPE}".split(), f"--out_dir={theirs}"]
+    command = [
+        *f"train.py config/train_shakespeare_char.py --eval_iters=20 {RECIPE}".split(),
+        f"--out_dir={theirs}",
+    ]
     results = []
     for _ in range(s.rounds):
         shutil.rmtree("out/race", ignore_errors=True)
@@ -198,22 +255,37 @@ def race(s: Settings, device: torch.device, machine: str) -> None:
             for now, line in lines:
                 if found := re.match(r"\w+ (\d+): (?:.* (val) )?loss ([\d.]+)", line):
                     loss = {"val_loss" if found[2] else "loss": float(found[3])}
-                    file.write(json.dumps({"step": int(found[1]), "seconds": now - lines[0][0]} | loss) + "\n")
+                    file.write(
+                        json.dumps({"step": int(found[1]), "seconds": now - lines[0][0]} | loss)
+                        + "\n"
+                    )
         my_loss = train.evaluate(load_model(mine / "best.pt")[0], val_tokens, 64)
         their_loss = train.evaluate(load_nanogpt(theirs / "ckpt.pt"), val_tokens, 64)
         evals = [r for r in read_metrics(mine) if "val_loss" in r]
-        since_end = next((r["seconds"] for r in evals if r["val_loss"] <= their_loss), np.nan) - evals[-1]["seconds"]
+        since_end = (
+            next((r["seconds"] for r in evals if r["val_loss"] <= their_loss), np.nan)
+            - evals[-1]["seconds"]
+        )
         at = {r["step"]: r["val_loss"] for r in read_metrics(theirs) if "val_loss" in r}
-        gap = max((abs(r["val_loss"] - at[r["step"]]) for r in evals if r["step"] in at), default=np.nan)
+        gap = max(
+            (abs(r["val_loss"] - at[r["step"]]) for r in evals if r["step"] in at), default=np.nan
+        )
         results.append((my_time, my_loss, their_time, their_loss, my_time + since_end, gap))
     my_time, my_loss, their_time, their_loss, reached, gap = np.transpose(results)
     print(f"{machine}\n\n| program | seconds | loss, whole validation split |\n|{' --- |' * 3}")
     print(f"| MiniGPT | {figure(my_time)} | {figure(my_loss, '.3f')} |")
     print(f"| nanoGPT | {figure(their_time)} | {figure(their_loss, '.3f')} |\n")
-    print(f"nanoGPT / MiniGPT: {figure(their_time / my_time, '.2f')} in seconds; curves differ by {figure(gap, '.3f')}")
+    print(
+        f"nanoGPT / MiniGPT: {figure(their_time / my_time, '.2f')} in seconds; curves differ by {figure(gap, '.3f')}"
+    )
     if not np.isnan(reached).any():
-        print(f"MiniGPT has nanoGPT's loss after {figure(reached / their_time, '.2f')} of nanoGPT's seconds")
-    print("different:", ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "nothing")
+        print(
+            f"MiniGPT has nanoGPT's loss after {figure(reached / their_time, '.2f')} of nanoGPT's seconds"
+        )
+    print(
+        "different:",
+        ", ".join(f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]) or "nothing",
+    )
 
 
 def main(s: Settings) -> None:
@@ -224,8 +296,12 @@ def main(s: Settings) -> None:
     kernels = torch.backends.cpu.get_cpu_capability()
     kernels += "".join(f" {k}" for k in ("avx512_bf16", "amx_bf16") if k in cpu_features())
     machine = f"{name}, {kernels}, {cpu_count()} cores, {torch.get_num_threads()} threads"
-    (race if s.race else table)(s, device, f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print("\nin brackets: the spread over the rounds, (max - min) / median; (!) is above a fifth: not to be trusted")
+    (race if s.race else table)(
+        s, device, f"{machine}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+    print(
+        "\nin brackets: the spread over the rounds, (max - min) / median; (!) is above a fifth: not to be trusted"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Find out whether a model can learn at all: it must overfit one batch.
 
-python -m extras.check config/shakespeare.py               any settings of train.py, at most 200 steps
+python -m extras.check config/shakespeare.py       any settings of train.py, at most 200 steps
 
 Trains on one batch and writes nothing. The loss must come near zero. After the first and the last
 step it shows root mean squares for each layer: of its activations, of its parameters' gradients, of
 its weights, and of the update, divided by that of the weights. In a healthy run the update is about
-a hundredth at first and a thousandth later. A layer that differs by a factor of ten is where to look.
+a hundredth at first and a thousandth later. Look where a layer differs by a factor of ten.
 """
 
 import math

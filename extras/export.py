@@ -15,7 +15,9 @@ from support.settings import run_script, setting
 @dataclass
 class Settings:
     out_dir: str = setting("out", "the out_dir of a training run")
-    checkpoint: str = setting("", "best or last, or another file in out_dir; by default best, else last")
+    checkpoint: str = setting(
+        "", "best or last, or another file in out_dir; by default best, else last"
+    )
     folder: str = setting("", "folder to write; by default OUT_DIR/pretrained")
 
 
@@ -24,7 +26,9 @@ def main(s: Settings) -> None:
     model, tokenizer, state = load_model(path)
     folder = Path(s.folder or f"{s.out_dir}/pretrained")
     save_pretrained(model, folder, tokenizer)
-    print(f'{folder}: {path} of step {state["step"]}, for transformers.GPT2LMHeadModel.from_pretrained("{folder}")')
+    print(
+        f'{folder}: {path} of step {state["step"]}, for transformers.GPT2LMHeadModel.from_pretrained("{folder}")'
+    )
 
 
 if __name__ == "__main__":

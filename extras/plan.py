@@ -20,7 +20,9 @@ class Settings(train.Settings):
     ranks: int = setting(1, "GPUs", 1)
     vocab_size: int = setting(50257, "size of the dataset's vocabulary", 1)
     gpu: str = setting("H100", "for the peak of its matrix units", choices=tuple(PEAK))
-    peak_share: float = setting(0.4, "share of that peak that training reaches: 0.3 to 0.5", 0.01, 1.0)
+    peak_share: float = setting(
+        0.4, "share of that peak that training reaches: 0.3 to 0.5", 0.01, 1.0
+    )
 
 
 def memory(s: Settings, model: MiniGPT, rows: int) -> dict[str, float]:
@@ -31,14 +33,22 @@ def memory(s: Settings, model: MiniGPT, rows: int) -> dict[str, float]:
     size, n = 4 if s.dtype == "float32" else 2, sum(p.numel() for p in model.parameters())
     muon = sum(p.numel() for p in model.h.parameters() if p.dim() == 2 and s.optimizer == "muon")
     embedding, tokens = 4 * model.wte.weight.numel(), rows * s.block_size
-    block = tokens * s.n_embd * (2 * 4 + 14 * size + 2 * (s.dropout > 0))  # dropout keeps a byte per number
-    logits, kept = 4 * tokens * model.wte.num_embeddings, 4 * tokens * s.n_embd if s.activation_checkpointing else block
-    backward = 8 * tokens * s.n_embd * size + (block if s.activation_checkpointing else 0)  # of a block
+    block = (
+        tokens * s.n_embd * (2 * 4 + 14 * size + 2 * (s.dropout > 0))
+    )  # dropout keeps a byte per number
+    logits, kept = (
+        4 * tokens * model.wte.num_embeddings,
+        4 * tokens * s.n_embd if s.activation_checkpointing else block,
+    )
+    backward = 8 * tokens * s.n_embd * size + (
+        block if s.activation_checkpointing else 0
+    )  # of a block
     parts = {
         "weights": 4 * n + (size * n if size == 2 else 0),  # and a copy in 16 bits
         "gradients": 4 * n,
         "moments": 4 * (2 * n - muon),  # Muon has one
-        "activations": s.n_layer * kept,  # and for a moment logits, or half of the embedding's gradient and a block
+        "activations": s.n_layer
+        * kept,  # and for a moment logits, or half of the embedding's gradient and a block
         "logits": max(3 * logits, logits + embedding, embedding + backward),
     }
     return {name: size / 2**30 for name, size in (parts | {"in all": sum(parts.values())}).items()}
@@ -52,26 +62,45 @@ def fitting(s: Settings, model: MiniGPT, gib: float) -> str:
             if memory(replace(s, activation_checkpointing=recompute), model, rows)["in all"] < gib:
                 flags = {"batch_size": rows, "gradient_accumulation_steps": sequences // rows}
                 flags |= {"activation_checkpointing": recompute}
-                flags = [f"--{name}={value}" for name, value in flags.items() if value != getattr(s, name)]
+                flags = [
+                    f"--{name}={value}"
+                    for name, value in flags.items()
+                    if value != getattr(s, name)
+                ]
                 return "fits" + (f" with {' '.join(flags)}" if flags else "")
     return "does not fit: a smaller model, or one sharded over ranks, would"
 
 
 def main(s: Settings) -> None:
     with torch.device("meta"):  # shapes without memory
-        model = MiniGPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
+        model = MiniGPT(
+            GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
+        )
     rows, micro_steps = share(s.batch_size, s.gradient_accumulation_steps, s.ranks)
     parts = memory(s, model, rows)
     flops = model.flops_per_token()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs per token")
-    print(f"memory of each rank, {micro_steps} x {rows} sequences of {s.block_size:,} tokens per step:")
+    print(
+        f"memory of each rank, {micro_steps} x {rows} sequences of {s.block_size:,} tokens per step:"
+    )
     print(*(f"  {name:<12}{gib:8.2f} GiB" for name, gib in parts.items()), sep="\n")
-    rate = s.ranks * s.peak_share * PEAK[s.gpu] * 1e12 / flops * (0.75 if s.activation_checkpointing else 1)
+    rate = (
+        s.ranks
+        * s.peak_share
+        * PEAK[s.gpu]
+        * 1e12
+        / flops
+        * (0.75 if s.activation_checkpointing else 1)
+    )
     tokens = s.max_iters * s.batch_size * s.gradient_accumulation_steps * s.block_size
     days = f"{tokens / 1e9:,.1f} billion tokens in {tokens / rate / 86400:,.2f} days"
-    print(f"{s.ranks} x {s.gpu} at {s.peak_share:.0%} of {PEAK[s.gpu]} TFLOP/s: {rate:,.0f} tokens/s, {days}")
+    print(
+        f"{s.ranks} x {s.gpu} at {s.peak_share:.0%} of {PEAK[s.gpu]} TFLOP/s: {rate:,.0f} tokens/s, {days}"
+    )
     for card in (24, 40, 80, 141):
-        print(f"{card:>4} GB: {fitting(s, model, 0.9 * card)}")  # the rest is for CUDA itself and for gaps
+        print(
+            f"{card:>4} GB: {fitting(s, model, 0.9 * card)}"
+        )  # the rest is for CUDA itself and for gaps
 
 
 if __name__ == "__main__":

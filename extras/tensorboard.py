@@ -25,8 +25,13 @@ def main(s: Settings) -> None:
     folder, written = Path(s.out_dir, "tensorboard"), None
     while True:
         records = read_metrics(s.out_dir)
-        if written is None or records[: len(written)] != written:  # a resumed run cuts off what it will log again
-            writer, written = SummaryWriter(folder, purge_step=0), []  # TensorBoard drops what it had from here
+        if (
+            written is None or records[: len(written)] != written
+        ):  # a resumed run cuts off what it will log again
+            writer, written = (
+                SummaryWriter(folder, purge_step=0),
+                [],
+            )  # TensorBoard drops what it had from here
             print(f"writing to {folder}; to see it: tensorboard --logdir {s.out_dir}", flush=True)
         for record in records[len(written) :]:
             for name in record.keys() - {"step", "seconds"}:

@@ -59,9 +59,14 @@ class CharTokenizer(ByteTokenizer):
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         unknown = self.codes[ids] != codes
         if unknown.any():
-            char, known = text[unknown.argmax()], f"the {self.vocab_size} characters of the training text"
+            char, known = (
+                text[unknown.argmax()],
+                f"the {self.vocab_size} characters of the training text",
+            )
             advice = "to allow any, prepare the text with --tokenizer=byte"
-            raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not among {known}; {advice}")
+            raise UserError(
+                f"the character {char!r} (U+{ord(char):04X}) is not among {known}; {advice}"
+            )
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -79,22 +84,39 @@ class BPETokenizer(ByteTokenizer):
         self.bytes |= {i: token.encode("utf-8") for token, i in encoding._special_tokens.items()}
 
     @property
-    def meta(self) -> dict:  # the whole vocabulary, so that sampling from a checkpoint needs no download
+    def meta(
+        self,
+    ) -> dict:  # the whole vocabulary, so that sampling from a checkpoint needs no download
         e = self.encoding
-        ranks = "\n".join(f"{base64.b64encode(token).decode()} {i}" for token, i in e._mergeable_ranks.items())
-        return {"tokenizer": e.name, "pattern": e._pat_str, "special_tokens": e._special_tokens, "ranks": ranks}
+        ranks = "\n".join(
+            f"{base64.b64encode(token).decode()} {i}" for token, i in e._mergeable_ranks.items()
+        )
+        return {
+            "tokenizer": e.name,
+            "pattern": e._pat_str,
+            "special_tokens": e._special_tokens,
+            "ranks": ranks,
+        }
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=())  # special tokens written out are text
+        return self.encoding.encode_to_numpy(
+            text, disallowed_special=()
+        )  # special tokens written out are text
 
     def encode_texts(self, texts):
         if self.eos_token is None:
             return super().encode_texts(texts)
         if any(END_OF_TEXT in text for _, text in texts):
-            parts = [([self.eos_token] * separate, self.encode_array(text)) for separate, text in texts]
+            parts = [
+                ([self.eos_token] * separate, self.encode_array(text)) for separate, text in texts
+            ]
             return np.concatenate([ids for part in parts for ids in part]).astype(np.uint32)
-        text = "".join(END_OF_TEXT * separate + text for separate, text in texts)  # one call is faster than thousands
-        return self.encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}, disallowed_special=())
+        text = "".join(
+            END_OF_TEXT * separate + text for separate, text in texts
+        )  # one call is faster than thousands
+        return self.encoding.encode_to_numpy(
+            text, allowed_special={END_OF_TEXT}, disallowed_special=()
+        )
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused
@@ -105,16 +127,25 @@ def load_tokenizer(meta: dict) -> ByteTokenizer:
     name = meta["tokenizer"]
     if name == "char":
         if list(meta["chars"]) != sorted(set(meta["chars"])):
-            raise UserError("the characters of this tokenizer are not sorted: prepare the dataset again")
+            raise UserError(
+                "the characters of this tokenizer are not sorted: prepare the dataset again"
+            )
         return CharTokenizer(meta["chars"])
     if name == "byte":
         return ByteTokenizer()
     if "ranks" in meta:
-        ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, meta["ranks"].split("\n"))}
+        ranks = {
+            base64.b64decode(token): int(i)
+            for token, i in map(str.split, meta["ranks"].split("\n"))
+        }
         pattern, special = meta["pattern"], meta["special_tokens"]
-        return BPETokenizer(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+        return BPETokenizer(
+            tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        )
     if name not in (known := tiktoken.list_encoding_names()):
-        raise UserError(f"no tokenizer {name}: expected char, byte, bpe:N (N > 256), {', '.join(known)} or a folder")
+        raise UserError(
+            f"no tokenizer {name}: expected char, byte, bpe:N (N > 256), {', '.join(known)} or a folder"
+        )
     advice = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte"
     with user_error(f"the vocabulary of {name} can't be downloaded", Exception, advice=advice):
         return BPETokenizer(tiktoken.get_encoding(name))

@@ -32,7 +32,9 @@ shutil.copytree("run", flags["out_dir"])
 def save_as_nanogpt(model, path):
     """A checkpoint of model as nanoGPT writes it."""
     weights = {f"transformer.{name}": p for name, p in model.state_dict().items()}
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: model.config.vocab_size].clone()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][
+        : model.config.vocab_size
+    ].clone()
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     path.parent.mkdir(parents=True)
     torch.save({"model": weights, "model_args": vars(model.config)}, path)
@@ -42,7 +44,10 @@ def test_the_benchmark_prints_its_table(run):
     done = run("dev.bench", "--work=train:char", "--rounds=1", "--steps=2", "--device=cpu")
     assert done.returncode == 0, done.stderr
     machine, limits, *_, row, _, legend = done.stdout.splitlines()
-    assert f"torch {torch.__version__}" in machine and torch.backends.cpu.get_cpu_capability() in machine
+    assert (
+        f"torch {torch.__version__}" in machine
+        and torch.backends.cpu.get_cpu_capability() in machine
+    )
     assert "GFLOP/s in " in limits and "GB/s of reading" in limits
     work, program, speed, share, *_ = (cell.strip() for cell in row.strip("|").split("|"))
     assert (work, program) == ("train:char", "MiniGPT")
@@ -84,7 +89,11 @@ def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
     val_tokens.tofile(data / "val.bin")
     done = run(*race)
     assert done.returncode == 0, done.stderr
-    mine, theirs = (line.split(" | ") for line in done.stdout.splitlines() if line.startswith(("| Mini", "| nano")))
+    mine, theirs = (
+        line.split(" | ")
+        for line in done.stdout.splitlines()
+        if line.startswith(("| Mini", "| nano"))
+    )
     assert float(theirs[2].split()[0]) == pytest.approx(evaluate(model, val_tokens, 64), abs=1e-3)
     assert float(mine[2].split()[0]) < math.log(meta["vocab_size"])
 
@@ -93,6 +102,16 @@ def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
     theirs = vars(read_settings(Settings, [f"--{key}={value}" for key, value in given.items()], ""))
     different = {key for key in given if config[key] != theirs[key]}
     assert different == {"out_dir", "eval_iters", "max_iters"}
-    assert done.stdout.splitlines()[-3] == "different: max_iters 20, not 2000, weight_decay 0.2, not 0.1"
-    metrics = [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics("out/race/nanoGPT")]
-    assert metrics == [{"step": 0, "val_loss": 4.2}, {"step": 0, "loss": 4.15}, {"step": 20, "val_loss": 3.2}]
+    assert (
+        done.stdout.splitlines()[-3]
+        == "different: max_iters 20, not 2000, weight_decay 0.2, not 0.1"
+    )
+    metrics = [
+        {k: v for k, v in record.items() if k != "seconds"}
+        for record in read_metrics("out/race/nanoGPT")
+    ]
+    assert metrics == [
+        {"step": 0, "val_loss": 4.2},
+        {"step": 0, "loss": 4.15},
+        {"step": 20, "val_loss": 3.2},
+    ]

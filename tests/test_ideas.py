@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_train import losses, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extras.check import watch
+from extras.check import Watch
 from model import MLP, Block, GPTConfig, MiniGPT
 from train import Settings, make_optimizer
 
@@ -189,7 +189,9 @@ def test_clipping_shortens_the_gradient_and_keeps_its_direction(train, monkeypat
 
     def watched(model, s):
         optimizer = make_optimizer(model, s)
-        watch(model, optimizer, lambda step, table: tables.update({s.grad_clip: table}))
+        watch = Watch(model)
+        optimizer.register_step_pre_hook(lambda *_: watch.before_update())
+        optimizer.register_step_post_hook(lambda *_: tables.update({s.grad_clip: watch.table()}))
         return optimizer
 
     monkeypatch.setattr("train.make_optimizer", watched)

@@ -18,9 +18,10 @@ from extras.look import (
     visible,
 )
 from model import GPTConfig, MiniGPT
+from support.bpe import train_bpe
 from support.pretrained import save_pretrained
 from support.settings import UserError
-from support.tokenizer import ByteTokenizer, CharTokenizer, train_bpe
+from support.tokenizer import ByteTokenizer, CharTokenizer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -54,7 +54,9 @@ def test_update_has_the_matrix_s_singular_vectors_and_singular_values_near_one(c
     torch.manual_seed(0)
     matrices = torch.randn(3, 48, cols) + 0.3
     u, values, vt = torch.linalg.svd(matrices.double(), full_matrices=False)
-    kept = u.mT @ orthogonal(matrices).double() @ vt.mT  # diagonal, if the singular vectors are the same
+    kept = (
+        u.mT @ orthogonal(matrices).double() @ vt.mT
+    )  # diagonal, if the singular vectors are the same
     new = kept.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(kept, torch.diag_embed(new), rtol=0, atol=1e-3)
     large = values > 0.002 * matrices.norm(dim=(1, 2))[:, None]
@@ -67,7 +69,9 @@ def test_update_has_the_matrix_s_singular_vectors_and_singular_values_near_one(c
 def test_float32_equals_the_formula_in_float64_also_for_matrices_of_low_rank(shape, rank):
     torch.manual_seed(0)
     matrix = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
-    torch.testing.assert_close(orthogonal(matrix[None])[0].double(), newton_schulz(matrix), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        orthogonal(matrix[None])[0].double(), newton_schulz(matrix), rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -93,7 +97,10 @@ def test_zero_gradients_give_finite_updates():
 
 def test_several_steps_equal_the_formula_in_float64():
     params = parameters(SHAPES)
-    weights, means = [p.detach().double() for p in params], [torch.zeros_like(p).double() for p in params]
+    weights, means = (
+        [p.detach().double() for p in params],
+        [torch.zeros_like(p).double() for p in params],
+    )
     optimizer = Muon([{"params": params, "splits": 1, "momentum": 0.9}], lr=0.02, weight_decay=0.3)
     for step in range(4):
         set_gradients(params, step)
@@ -135,7 +142,10 @@ def test_groups_without_splits_equal_adamw_to_the_bit():
     ours, theirs, matrices = parameters(shapes), parameters(shapes), parameters(SHAPES)
 
     def groups(params):
-        return [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "weight_decay": 0.0}]
+        return [
+            {"params": params[:2], "weight_decay": 0.1},
+            {"params": params[2:], "weight_decay": 0.0},
+        ]
 
     settings = {"lr": 0.01, "betas": (0.8, 0.97), "eps": 1e-7}
     optimizer = Muon([*groups(ours), {"params": matrices, "splits": 1}], **settings)
@@ -155,7 +165,10 @@ def test_a_split_parameter_equals_its_matrices_apart():
     (fused,) = parameters([(48, 16)])
     apart = [torch.nn.Parameter(part.clone()) for part in fused.detach().chunk(3)]
     whole = copy.deepcopy(fused)
-    optimizers = [Muon([{"params": p, "splits": n}], lr=0.1) for p, n in (([fused], 3), (apart, 1), ([whole], 1))]
+    optimizers = [
+        Muon([{"params": p, "splits": n}], lr=0.1)
+        for p, n in (([fused], 3), (apart, 1), ([whole], 1))
+    ]
     for step in range(3):
         set_gradients([fused], step)
         whole.grad = fused.grad.clone()
@@ -183,13 +196,19 @@ def test_parameters_without_a_gradient_stay():
     params = parameters(SHAPES)
     set_gradients(params[1:], 0)
     Muon([{"params": params, "splits": 1}]).step()
-    assert torch.equal(params[0], parameters(SHAPES)[0]) and not torch.equal(params[1], parameters(SHAPES)[1])
+    assert torch.equal(params[0], parameters(SHAPES)[0]) and not torch.equal(
+        params[1], parameters(SHAPES)[1]
+    )
 
 
 def some_of_each(seed=0):
     fused, *matrices = parameters([(48, 16), *SHAPES], seed)
     others = parameters([(10, 8), (5,)], seed + 1)
-    groups = [{"params": [fused], "splits": 3}, {"params": matrices, "splits": 1}, {"params": others}]
+    groups = [
+        {"params": [fused], "splits": 3},
+        {"params": matrices, "splits": 1},
+        {"params": others},
+    ]
     return [fused, *matrices, *others], Muon(groups, lr=0.02)
 
 
@@ -197,7 +216,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path):
     params, optimizer = some_of_each()
     for step in range(6):
         if step == 3:
-            torch.save({"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+            torch.save(
+                {"model": [p.detach() for p in params], "optimizer": optimizer.state_dict()},
+                tmp_path / "a.pt",
+            )
         set_gradients(params, step)
         optimizer.step()
     resumed, other = some_of_each(seed=5)
@@ -263,7 +285,10 @@ def test_a_scaler_changes_no_finite_step(unscale):
 def test_no_step_looks_at_a_value():
     """On the meta device, which has none, anything that would wait for a GPU raises."""
     with torch.device("meta"):
-        params = [torch.nn.Parameter(torch.empty(shape)) for shape in [(48, 16), (16, 64), (64, 16), (16, 16)]]
+        params = [
+            torch.nn.Parameter(torch.empty(shape))
+            for shape in [(48, 16), (16, 64), (64, 16), (16, 16)]
+        ]
     optimizer = Muon([{"params": params[:1], "splits": 3}, {"params": params[1:], "splits": 1}])
     for p in params:
         p.grad = torch.empty_like(p)

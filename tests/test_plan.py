@@ -16,14 +16,30 @@ from extras.plan import Settings
 from model import GPTConfig, MiniGPT
 
 SIZES = {
-    "activations": {"n_layer": 4, "n_embd": 256, "n_head": 4, "block_size": 256, "batch_size": 8, "vocab_size": 23},
-    "logits": {"n_layer": 2, "n_embd": 128, "n_head": 4, "block_size": 128, "batch_size": 3, "vocab_size": 50257},
+    "activations": {
+        "n_layer": 4,
+        "n_embd": 256,
+        "n_head": 4,
+        "block_size": 256,
+        "batch_size": 8,
+        "vocab_size": 23,
+    },
+    "logits": {
+        "n_layer": 2,
+        "n_embd": 128,
+        "n_head": 4,
+        "block_size": 128,
+        "batch_size": 3,
+        "vocab_size": 50257,
+    },
 }
 
 
 def build(s):
     with torch.device("meta"):
-        return MiniGPT(GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
+        return MiniGPT(
+            GPTConfig(s.block_size, s.vocab_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias)
+        )
 
 
 MEASURE = """
@@ -41,16 +57,28 @@ for size in sizes:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc to see the memory of a process")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs /proc to see the memory of a process"
+)
 @pytest.mark.parametrize("size", SIZES)
 def test_planned_memory_is_within_15_percent_of_what_training_takes(workdir, size):
     Path("data/gpt2").mkdir()
     for name in ("train.bin", "val.bin"):
-        np.random.default_rng(0).integers(50257, size=600).astype(np.uint16).tofile(f"data/gpt2/{name}")
-    s = TINY | SIZES[size] | {"max_iters": 2, "eval_iters": 1, "dataset": "gpt2" if size == "logits" else "tiny"}
+        np.random.default_rng(0).integers(50257, size=600).astype(np.uint16).tofile(
+            f"data/gpt2/{name}"
+        )
+    s = (
+        TINY
+        | SIZES[size]
+        | {"max_iters": 2, "eval_iters": 1, "dataset": "gpt2" if size == "logits" else "tiny"}
+    )
     runs = [s | {"out_dir": f"{on}", "activation_checkpointing": on} for on in (True, False)]
     large = [{key: value for key, value in run.items() if key != "vocab_size"} for run in runs]
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # frees at once
+    env = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # frees at once
     command = [sys.executable, "-c", MEASURE, repr([TINY | {"max_iters": 1}, *large])]
     done = subprocess.run(command, env=env, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -68,12 +96,22 @@ def test_parameters_flops_and_days_are_those_of_gpt2(capsys):
     assert f"{n:,} parameters" in printed
     flops = 6 * (n - 1024 * 768) + 12 * 12 * 768 * 1024
     rate = 8 * 0.5 * 312e12 / flops
-    assert f"{rate:,.0f} tokens/s, 294.9 billion tokens in {600_000 * 491_520 / rate / 86400:,.2f} days" in printed
+    assert (
+        f"{rate:,.0f} tokens/s, 294.9 billion tokens in {600_000 * 491_520 / rate / 86400:,.2f} days"
+        in printed
+    )
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_the_settings_it_proposes_fit_and_train_on_as_many_sequences(name):
-    s = Settings(n_layer=48, n_head=25, n_embd=1600, batch_size=16, gradient_accumulation_steps=32, optimizer=name)
+    s = Settings(
+        n_layer=48,
+        n_head=25,
+        n_embd=1600,
+        batch_size=16,
+        gradient_accumulation_steps=32,
+        optimizer=name,
+    )
     model, tried = build(s), {}
     for card in (24, 40, 80):
         flags = dict(re.findall(r"--(\w+)=(\w+)", answer := plan.fitting(s, model, card)))
@@ -83,4 +121,8 @@ def test_the_settings_it_proposes_fit_and_train_on_as_many_sequences(name):
             assert rows * int(flags.get("gradient_accumulation_steps", 32)) == 16 * 32
             proposed = replace(s, activation_checkpointing="activation_checkpointing" in flags)
             assert plan.memory(proposed, model, rows)["in all"] < card
-    assert tried == {24: name == "muon", 40: True, 80: True}  # 1.6 billion parameters x 18 bytes, with Muon 14
+    assert tried == {
+        24: name == "muon",
+        40: True,
+        80: True,
+    }  # 1.6 billion parameters x 18 bytes, with Muon 14

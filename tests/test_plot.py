@@ -17,7 +17,13 @@ def write_run(out_dir, losses, val_losses=(1.5,), seconds_per_step=2.0):
     """A run that logs losses, one per step, and val_losses at the last one."""
     last = {"step": len(losses), "seconds": len(losses) * seconds_per_step}
     lines = [
-        {"step": i, "loss": loss, "lr": 0.1 / i, "grad_norm": 1.0 + i, "seconds": i * seconds_per_step}
+        {
+            "step": i,
+            "loss": loss,
+            "lr": 0.1 / i,
+            "grad_norm": 1.0 + i,
+            "seconds": i * seconds_per_step,
+        }
         for i, loss in enumerate(losses, 1)
     ]
     lines += [last | {"val_loss": loss, "perplexity": 4.5} for loss in val_losses]
@@ -49,7 +55,9 @@ def drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **how: figures.append(figure))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, file, **how: figures.append(figure)
+    )
     return figures
 
 
@@ -57,7 +65,9 @@ def test_a_run_is_drawn_against_steps_and_against_time(drawn):
     write_run("out", [3.0, None, 2.0], [1.5, 1.25, 1.75], seconds_per_step=120.0)
     assert draw_run("out") == Path("out/loss.png")
     steps, time = drawn[0].axes[0::2], drawn[0].axes[1::2]
-    assert ([1, 3], [3.0, 2.0]) in curves(steps[0]) and ([2.0, 6.0], [3.0, 2.0]) in curves(time[0])  # minutes
+    assert ([1, 3], [3.0, 2.0]) in curves(steps[0]) and ([2.0, 6.0], [3.0, 2.0]) in curves(
+        time[0]
+    )  # minutes
     assert ([3, 3, 3], [1.5, 1.25, 1.75]) in curves(steps[0])
     assert curves(steps[1]) == [([1, 2, 3], [0.1, 0.05, 0.1 / 3])]
     assert curves(time[2]) == [([2.0, 4.0, 6.0], [2.0, 3.0, 4.0])]
@@ -70,8 +80,13 @@ def test_two_runs_share_a_picture(drawn):
     write_run("other", [3.0, 2.5, 2.25], [])
     draw_run("out", "other", "both.svg")
     losses = drawn[0].axes[0]
-    assert ([1, 2], [3.0, 2.0]) in curves(losses) and ([1, 2, 3], [3.0, 2.5, 2.25]) in curves(losses)
-    assert [text.get_text() for text in titles(drawn[0])] == ["out   best validation loss 1.500", "other"]
+    assert ([1, 2], [3.0, 2.0]) in curves(losses) and ([1, 2, 3], [3.0, 2.5, 2.25]) in curves(
+        losses
+    )
+    assert [text.get_text() for text in titles(drawn[0])] == [
+        "out   best validation loss 1.500",
+        "other",
+    ]
     assert [text.get_color() for text in titles(drawn[0])] == list(COLORS)
     assert Path("both.svg").exists()
 
@@ -109,7 +124,9 @@ def test_a_long_run_is_smoothed_and_says_so(drawn):
     assert "mean of 5 log lines" in drawn[0].axes[0].texts[0].get_text()
 
 
-def test_characters_that_the_font_lacks_are_escaped_without_a_warning(tmp_path, monkeypatch, capsys):
+def test_characters_that_the_font_lacks_are_escaped_without_a_warning(
+    tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     write_run("run-中-$^$-é", [3.0, 2.0])
@@ -144,7 +161,9 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         draw_run("out")
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"step": 1}', '{"step": null, "seconds": 1}', '{"step": 1, "seconds": "x"}'])
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"step": 1}', '{"step": null, "seconds": 1}', '{"step": 1, "seconds": "x"}']
+)
 def test_a_line_without_metrics_is_shown(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not one of metrics: "):

@@ -15,12 +15,15 @@ from conftest import ROOT, TEXT
 
 import prepare_data
 from prepare_data import prepare
+from support.bpe import train_bpe
 from support.checkpoint import lock
 from support.dataset import open_dataset
 from support.settings import UserError
-from support.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from support.tokenizer import ByteTokenizer, load_tokenizer
 
-UNICODE = "naïve façade, 'tis \r\n\t “quoted” ☃ 漢字 🤖👩‍👩‍👧 \u200b e\u0301 \x00 <|endoftext|>  end \n\n"
+UNICODE = (
+    "naïve façade, 'tis \r\n\t “quoted” ☃ 漢字 🤖👩‍👩‍👧 \u200b e\u0301 \x00 <|endoftext|>  end \n\n"
+)
 BOM = b"\xef\xbb\xbf"
 
 
@@ -31,11 +34,15 @@ def corpus(n):
 
 
 def json_lines(documents):
-    return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(documents)).encode()
+    return "".join(
+        json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(documents)
+    ).encode()
 
 
 def write_rows(path, documents):
-    Path(path).write_bytes(gzip.compress(json_lines(documents)) if path.endswith(".gz") else json_lines(documents))
+    Path(path).write_bytes(
+        gzip.compress(json_lines(documents)) if path.endswith(".gz") else json_lines(documents)
+    )
 
 
 def files_of(name):
@@ -45,7 +52,9 @@ def files_of(name):
 def documents_of(name):
     """What is in the training and the validation split, as two lists of documents."""
     *splits, meta = open_dataset(name)
-    return [load_tokenizer(meta).decode(tokens.tolist()).split("<|endoftext|>") for tokens in splits]
+    return [
+        load_tokenizer(meta).decode(tokens.tolist()).split("<|endoftext|>") for tokens in splits
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -57,18 +66,38 @@ def test_files_hold_the_text_split_nine_to_one(workdir):
     cut = len(TEXT) * 9 // 10
     assert tokenizer.decode(train.tolist()) == TEXT[:cut]
     assert tokenizer.decode(val.tolist()) == TEXT[cut:]
-    assert Path("data/tiny/train.bin").read_bytes() == np.array(tokenizer.encode(TEXT[:cut]), "<u2").tobytes()
-    assert meta["vocab_size"] == len(set(TEXT)) and meta["dtype"] == "uint16" and meta["source"] == "tiny.txt"
+    assert (
+        Path("data/tiny/train.bin").read_bytes()
+        == np.array(tokenizer.encode(TEXT[:cut]), "<u2").tobytes()
+    )
+    assert (
+        meta["vocab_size"] == len(set(TEXT))
+        and meta["dtype"] == "uint16"
+        and meta["source"] == "tiny.txt"
+    )
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(train), len(val))
-    assert sorted(p.name for p in Path("data/tiny").iterdir()) == ["lock", "meta.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in Path("data/tiny").iterdir()) == [
+        "lock",
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_tiny_shakespeare_has_the_figures_everyone_has(workdir, tiny_shakespeare, gpt2_vocabulary):
     meta = prepare("shakespeare", str(tiny_shakespeare))
     assert meta["sha256"] == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (1_003_854, 111_540, 65)
+    assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (
+        1_003_854,
+        111_540,
+        65,
+    )
     meta = prepare("shakespeare_gpt2", str(tiny_shakespeare), "gpt2")
-    assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (301_966, 36_059, 50257)
+    assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (
+        301_966,
+        36_059,
+        50257,
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
@@ -123,7 +152,9 @@ def test_a_models_folder_gives_its_tokenizer_which_the_dataset_then_carries(work
     opened.clear()
     train, val, meta = open_dataset("text")
     assert load_tokenizer(meta).decode(train.tolist() + val.tolist()) == TEXT
-    with pytest.raises(UserError, match=r"model.tokenizer.json is not a tokenizer that this program can read"):
+    with pytest.raises(
+        UserError, match=r"model.tokenizer.json is not a tokenizer that this program can read"
+    ):
         prepare("text", "tiny.txt", "model")
 
 
@@ -139,7 +170,9 @@ def test_memory_is_bounded_by_a_chunk_not_by_the_text(workdir):
         prepare_data.prepare("large", "large.txt", "char")
         print(peak() - before)"""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) < 100_000  # KiB; the text, its characters and its tokens are 300,000
 
 
@@ -147,7 +180,11 @@ def test_memory_is_bounded_by_a_chunk_not_by_the_text(workdir):
 
 
 def test_a_folder_is_its_files_in_order_with_end_of_text_between(workdir):
-    for name, text in {"b.txt": "second one", "a.txt": "the first", "sub/c[1].md": "third " * 30}.items():
+    for name, text in {
+        "b.txt": "second one",
+        "a.txt": "the first",
+        "sub/c[1].md": "third " * 30,
+    }.items():
         path = Path("cor[p]us", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -211,11 +248,17 @@ def test_added_documents_move_no_document_to_the_other_split(workdir):
     prepare("before", "rows.jsonl", "bpe:300")
     write_rows("rows.jsonl", texts[::-1])
     meta = prepare("after", "rows.jsonl", "bpe:300")
-    before, after, encode = documents_of("before"), documents_of("after"), load_tokenizer(meta).encode
+    before, after, encode = (
+        documents_of("before"),
+        documents_of("after"),
+        load_tokenizer(meta).encode,
+    )
     assert set(before[0]) < set(after[0]) and set(before[1]) < set(after[1])
     assert sorted(after[0] + after[1]) == sorted(texts)
     assert 0.05 < len(after[1]) / 600 < 0.15
-    assert meta["val_bytes"] == sum(len(text) for text in after[1])  # of bits per byte: without end of text
+    assert meta["val_bytes"] == sum(
+        len(text) for text in after[1]
+    )  # of bits per byte: without end of text
     assert meta["val_tokens"] == sum(len(encode(text)) + 1 for text in after[1]) - 1
 
     Path("many").mkdir()
@@ -283,7 +326,10 @@ def test_training_falls_back_to_python_docs_and_says_so(train, no_network, capsy
 
     train(dataset="shakespeare", max_iters=1, eval_interval=1, eval_iters=2)
     printed = capsys.readouterr().out
-    assert "prepare_data.py shakespeare --input FILE" in printed and "Training on python_docs instead" in printed
+    assert (
+        "prepare_data.py shakespeare --input FILE" in printed
+        and "Training on python_docs instead" in printed
+    )
     state = torch.load("out/last.pt")
     assert state["tokenizer"]["dataset"] == "python_docs"
     assert "pydoc_data" in state["tokenizer"]["source"]
@@ -304,7 +350,11 @@ def interrupted(name, input, batches):
             written.append(write(*args))
         prepare_data.TokenFile.write = killed
         prepare_data.prepare({name!r}, {input!r}, "bpe:300")"""
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
@@ -338,7 +388,9 @@ def test_a_failed_preparation_leaves_the_old_dataset(workdir, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["train.bin", "val.bin", "meta.json"])
-def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_is_whole(workdir, monkeypatch, file):
+def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_is_whole(
+    workdir, monkeypatch, file
+):
     replace = os.replace
 
     def dies_at_file(source, target):
@@ -349,7 +401,9 @@ def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_i
     def dies(*args):
         raise KeyboardInterrupt
 
-    Path("other.txt").write_text(TEXT[::-1], encoding="utf-8")  # of the same length, with the same characters
+    Path("other.txt").write_text(
+        TEXT[::-1], encoding="utf-8"
+    )  # of the same length, with the same characters
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(os, "replace", dies_at_file)
         prepare("tiny", "other.txt")
@@ -369,7 +423,10 @@ def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_i
 def test_nothing_else_in_the_folder_is_touched(workdir):
     folder = Path("data/tiny")
     (folder / "sub").mkdir()
-    others = [folder / name for name in ("input.txt", "meta.pkl", "train_00001.bin", "notes.json", "sub/train.bin")]
+    others = [
+        folder / name
+        for name in ("input.txt", "meta.pkl", "train_00001.bin", "notes.json", "sub/train.bin")
+    ]
     for path in others:
         path.write_text(path.name)
     (folder / "partial").mkdir()
@@ -389,7 +446,9 @@ def test_two_preparations_of_one_dataset_at_a_time_are_refused(workdir):
     prepare("tiny", "tiny.txt")
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "3", "short", "odd", "missing", "vocab_size", "dtype", "val_bytes"])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", "3", "short", "odd", "missing", "vocab_size", "dtype", "val_bytes"]
+)
 def test_damaged_datasets_are_refused(workdir, damage):
     path, meta = Path("data/tiny/val.bin"), Path("data/tiny/meta.json")
     if damage == "missing":
@@ -442,13 +501,27 @@ def test_invalid_utf8_names_file_and_offset_and_how_to_convert_it(workdir, monke
 
 def test_bad_rows_and_damaged_gzip_are_clear(workdir):
     for line in ("not json", '{"txt": "a"}', '{"text": 1}', "[]", '{"text": "\udc80', "[" * 99999):
-        Path("bad.jsonl").write_bytes(b'{"text": "good"}\n' + line.encode("utf-8", "surrogateescape"))
-        with pytest.raises(UserError, match=r'bad.jsonl, line 2: expected JSON objects with a "text" each') as raised:
+        Path("bad.jsonl").write_bytes(
+            b'{"text": "good"}\n' + line.encode("utf-8", "surrogateescape")
+        )
+        with pytest.raises(
+            UserError, match=r'bad.jsonl, line 2: expected JSON objects with a "text" each'
+        ) as raised:
             prepare("bad", "bad.jsonl", "byte")
         assert len(str(raised.value)) < 300 and "\n" not in str(raised.value)
-    for content in ('{"a":\n {}}', '["a"]', "[1", "[" * 99999, "3", '"x"', '[{"text": "good"}, {"text": 1}]'):
+    for content in (
+        '{"a":\n {}}',
+        '["a"]',
+        "[1",
+        "[" * 99999,
+        "3",
+        '"x"',
+        '[{"text": "good"}, {"text": 1}]',
+    ):
         Path("bad.json").write_text(content)
-        with pytest.raises(UserError, match=r"bad.json, line 1: expected .* one per line or in an array"):
+        with pytest.raises(
+            UserError, match=r"bad.json, line 1: expected .* one per line or in an array"
+        ):
             prepare("bad", "bad.json", "byte")
     for name, text in (("bad.txt.gz", TEXT), ("bad.jsonl.gz", '{"text": "good"}\n' * 999)):
         whole = gzip.compress(text.encode())
@@ -461,13 +534,22 @@ def test_bad_rows_and_damaged_gzip_are_clear(workdir):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("../x", "tiny.txt"), "expected a plain name and a text: python prepare_data.py NAME --input PATH"),
+        (
+            ("../x", "tiny.txt"),
+            "expected a plain name and a text: python prepare_data.py NAME --input PATH",
+        ),
         (("x",), "--input PATH .only shakespeare and python_docs need no --input"),
         (("x", "nowhere"), "no file or folder nowhere"),
         (("x", "empty.txt"), "^0 training and 0 validation tokens are too few: give more text"),
         (("x", "short.txt"), "^9 training and 1 validation tokens are too few"),
-        (("x", "rows.jsonl", "byte", 0.0), r"^\d+ training and 0 validation tokens .* another --val_share"),
-        (("x", "empty.txt", "bpe:4096"), "pairs for only 257 tokens: give more text, or a smaller bpe:N"),
+        (
+            ("x", "rows.jsonl", "byte", 0.0),
+            r"^\d+ training and 0 validation tokens .* another --val_share",
+        ),
+        (
+            ("x", "empty.txt", "bpe:4096"),
+            "pairs for only 257 tokens: give more text, or a smaller bpe:N",
+        ),
         (("x", "tiny.txt", "words"), "no tokenizer words"),
         (("x", "tiny.txt", "bpe:"), r"bpe:N \(N > 256\)"),
         (("x", "tiny.txt", "bpe:256"), r"bpe:N \(N > 256\)"),
@@ -484,8 +566,14 @@ def test_mistakes_are_clear(workdir, arguments, message):
 
 def test_the_command_says_what_to_type(run):
     for arguments, message in (
-        ((), "python prepare_data.py NAME --input PATH (only shakespeare and python_docs need no --input)"),
-        (("mine", "tiny.txt"), "unexpected argument tiny.txt: write --input=PATH, a pattern in quotes"),
+        (
+            (),
+            "python prepare_data.py NAME --input PATH (only shakespeare and python_docs need no --input)",
+        ),
+        (
+            ("mine", "tiny.txt"),
+            "unexpected argument tiny.txt: write --input=PATH, a pattern in quotes",
+        ),
     ):
         done = run("prepare_data.py", *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

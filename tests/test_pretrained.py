@@ -17,7 +17,13 @@ from extras import export
 from model import GPTConfig, MiniGPT
 from sample import generate
 from support import pretrained
-from support.pretrained import from_fast, load_pretrained, load_pretrained_tokenizer, save_pretrained, to_fast
+from support.pretrained import (
+    from_fast,
+    load_pretrained,
+    load_pretrained_tokenizer,
+    save_pretrained,
+    to_fast,
+)
 from support.settings import UserError, read_settings
 from support.tokenizer import GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
 
@@ -25,9 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-ODD = (
-    "it's  I'LL 1234 ١٢ naïve ☃ \U0001f600 e\u0301 中文字\n\n \t x\r\n\x0b\x0c\x85\u00a0\u2003\u3000 \x1c \x00 end \n "
-)
+ODD = "it's  I'LL 1234 ١٢ naïve ☃ \U0001f600 e\u0301 中文字\n\n \t x\r\n\x0b\x0c\x85\u00a0\u2003\u3000 \x1c \x00 end \n "
 
 
 @pytest.fixture
@@ -40,7 +44,9 @@ def warnings(monkeypatch):
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     transformers.utils.logging.add_handler(handler)
-    monkeypatch.setattr(warnings, "showwarning", lambda message, *args, **kwargs: said.append(str(message)))
+    monkeypatch.setattr(
+        warnings, "showwarning", lambda message, *args, **kwargs: said.append(str(message))
+    )
     yield said
     transformers.utils.logging.remove_handler(handler)
 
@@ -60,7 +66,12 @@ def save_reference(folder="reference", seed=0, save=None, **changes):
 def random_model(**changes):
     torch.manual_seed(0)
     model = MiniGPT(
-        GPTConfig(**({"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes))
+        GPTConfig(
+            **(
+                {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32}
+                | changes
+            )
+        )
     )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -115,7 +126,10 @@ def test_older_files_have_masks_and_no_prefix(tmp_path):
 
     def as_in_older_files(weights):
         renamed = {name.removeprefix("transformer."): weights.pop(name) for name in list(weights)}
-        masks = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+        masks = {
+            "h.0.attn.bias": torch.ones(1, 1, 16, 16).tril(),
+            "h.1.attn.masked_bias": torch.tensor(-1e4),
+        }
         weights |= renamed | masks | {"lm_head.weight": renamed["wte.weight"].clone()}
 
     change_weights(tmp_path, as_in_older_files)
@@ -134,7 +148,9 @@ def test_a_shorter_block_size_crops_the_positions(tmp_path):
     model = load_pretrained(str(tmp_path), block_size=9)
     assert model.wpe.weight.shape == (9, 32)
     assert_same_logits(model, reference)
-    with pytest.raises(UserError, match="positions for 16 tokens: that is the largest --block_size"):
+    with pytest.raises(
+        UserError, match="positions for 16 tokens: that is the largest --block_size"
+    ):
         load_pretrained(tmp_path, block_size=17)
 
 
@@ -144,7 +160,10 @@ def test_a_shorter_block_size_crops_the_positions(tmp_path):
         ({"model_type": "gpt_neo"}, "another architecture: model_type 'gpt_neo', not 'gpt2'"),
         ({"activation_function": "relu"}, "activation_function 'relu', not 'gelu_new'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06, not 1e-05"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True, not False"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx True, not False",
+        ),
         ({"scale_attn_weights": False}, "scale_attn_weights False, not True"),
         ({"add_cross_attention": True}, "add_cross_attention True, not False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings False, not True"),
@@ -192,11 +211,21 @@ def change_weights(folder, change):
             r"ln_f.bias has the shape \[31\], not \[32\]",
         ),
         (
-            lambda weights: weights.update({"transformer.h.1.mlp.c_fc.weight": torch.ones(128, 32)}),
+            lambda weights: weights.update(
+                {"transformer.h.1.mlp.c_fc.weight": torch.ones(128, 32)}
+            ),
             r"h.1.mlp.c_fc.weight has the shape \[128, 32\], not \[32, 128\]",
         ),
-        (lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(32).int()}), "not finite numbers"),
-        (lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(32).double() * 1e300}), "not finite"),
+        (
+            lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(32).int()}),
+            "not finite numbers",
+        ),
+        (
+            lambda weights: weights.update(
+                {"transformer.ln_f.bias": torch.ones(32).double() * 1e300}
+            ),
+            "not finite",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
@@ -226,7 +255,12 @@ def test_damaged_and_missing_files_are_one_line(tmp_path):
                 load_pretrained(tmp_path)
             assert path.name in str(error.value) or "No such file" in str(error.value)
         path.write_bytes(whole)
-    for weight_map in ({"wte.weight": "../elsewhere.safetensors"}, {"wte.weight": 1}, ["model.safetensors"], None):
+    for weight_map in (
+        {"wte.weight": "../elsewhere.safetensors"},
+        {"wte.weight": 1},
+        ["model.safetensors"],
+        None,
+    ):
         edit(tmp_path / "model.safetensors.index.json", weight_map=weight_map)
         with pytest.raises(UserError, match="does not name files in its folder"):
             load_pretrained(tmp_path)
@@ -255,11 +289,15 @@ def test_a_buffer_of_ones_own_is_filled_as_its_class_says(tmp_path, monkeypatch)
     def with_buffers(self, config):
         build(self, config)
         self.register_buffer("angles", torch.arange(16) / 10, persistent=False)
-        self.register_buffer("scale", torch.nn.init.constant_(torch.empty(8), 3.0), persistent=False)
+        self.register_buffer(
+            "scale", torch.nn.init.constant_(torch.empty(8), 3.0), persistent=False
+        )
 
     monkeypatch.setattr(MiniGPT, "__init__", with_buffers)
     model = load_pretrained(tmp_path)
-    assert torch.equal(model.angles, torch.arange(16) / 10) and torch.equal(model.scale, torch.full((8,), 3.0))
+    assert torch.equal(model.angles, torch.arange(16) / 10) and torch.equal(
+        model.scale, torch.full((8,), 3.0)
+    )
 
 
 def test_loading_leaves_a_model_that_trains(tmp_path):
@@ -288,11 +326,15 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
     assert "gpt2-medium can't be downloaded (" in fails(capsys, train, init_from="gpt2-medium")
     assert not Path("out").exists()
     wrong = {"init_from": "gpt3", "dataset": "nowhere"}  # which is named first
-    assert "--init_from=gpt3 is not a folder or one of auto, resume, scratch, gpt2" in fails(capsys, train, **wrong)
+    assert "--init_from=gpt3 is not a folder or one of auto, resume, scratch, gpt2" in fails(
+        capsys, train, **wrong
+    )
     with pytest.raises(UserError, match=r"no gpt3.config.json: expected gpt2, gpt2-medium"):
         load_pretrained("gpt3")
     reference = save_reference()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **options: "reference")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repository, **options: "reference"
+    )
     assert_same_logits(load_pretrained("gpt2-xl"), reference)
 
 
@@ -305,7 +347,9 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
 def test_transformers_loads_what_was_saved_without_a_warning(tmp_path, warnings, changes):
     model = random_model(**changes)
     save_pretrained(model, tmp_path)
-    reference, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    reference, info = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(info.values()) and not warnings
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     assert_same_logits(model, reference)
@@ -313,7 +357,9 @@ def test_transformers_loads_what_was_saved_without_a_warning(tmp_path, warnings,
     idx = torch.arange(16)[None]
     assert torch.equal(again(idx)[0], model(idx)[0])
     prompt = torch.randint(65, (3, 4))
-    text = reference.generate(prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt))
+    text = reference.generate(
+        prompt, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(prompt)
+    )
     assert torch.equal(generate(model, prompt, 12, temperature=0), text)
     assert not warnings, warnings
 
@@ -337,7 +383,12 @@ def export_command(tmp_path, monkeypatch):
     """export_command() runs python -m extras.export in this process, on the checkpoint of a random model."""
     monkeypatch.chdir(tmp_path)
     model = random_model(vocab_size=256)
-    state = {"model": model.state_dict(), "model_args": vars(model.config), "step": 7, "tokenizer": ByteTokenizer.meta}
+    state = {
+        "model": model.state_dict(),
+        "model_args": vars(model.config),
+        "step": 7,
+        "tokenizer": ByteTokenizer.meta,
+    }
     Path("out").mkdir()
     torch.save(state, "out/best.pt")
 
@@ -354,11 +405,15 @@ def test_the_command_writes_a_folder_that_transformers_loads(export_command, cap
     assert "out/pretrained: out/best.pt of step 7" in capsys.readouterr().out
     reference = transformers.GPT2LMHeadModel.from_pretrained("out/pretrained")
     assert_same_logits(sample.load_model("out/best.pt")[0], reference)
-    assert transformers.AutoTokenizer.from_pretrained("out/pretrained")("é")["input_ids"] == list("é".encode())
+    assert transformers.AutoTokenizer.from_pretrained("out/pretrained")("é")["input_ids"] == list(
+        "é".encode()
+    )
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, ValueError])
-def test_a_mistake_in_ones_own_model_shows_its_traceback(export_command, tmp_path, monkeypatch, kind):
+def test_a_mistake_in_ones_own_model_shows_its_traceback(
+    export_command, tmp_path, monkeypatch, kind
+):
     save_reference(tmp_path / "reference")
 
     def mistaken(self, config):
@@ -404,7 +459,9 @@ def trained_bpe(pattern=POSSESSIVE, size=400):
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     ranks = {bytes(pretrained.TO_BYTE[c] for c in token): i for token, i in vocab}
     special = {"<|endoftext|>": len(ranks), "<|fim|>": len(ranks) + 1}
-    return BPETokenizer(tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+    return BPETokenizer(
+        tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "greedy bpe", "byte", "char"])
@@ -433,10 +490,16 @@ def test_transformers_encodes_with_the_saved_tokenizer_as_we_do(request, tmp_pat
         assert fast(documents, verbose=False)["input_ids"] == tokenizer.encoding.encode(
             documents, allowed_special="all"
         )
-        assert fast(documents, split_special_tokens=True, verbose=False)["input_ids"] == tokenizer.encode(documents)
+        assert fast(documents, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ] == tokenizer.encode(documents)
     assert not warnings, warnings
     again = load_pretrained_tokenizer(tmp_path)
-    assert again.encode(text) == ids and again.decode(ids) == text and again.eos_token == tokenizer.eos_token
+    assert (
+        again.encode(text) == ids
+        and again.decode(ids) == text
+        and again.eos_token == tokenizer.eos_token
+    )
 
 
 def test_a_tokenizer_of_ones_own_is_not_saved_as_another():
@@ -454,14 +517,23 @@ def test_gpt2s_own_tokenizer_file_is_read(tmp_path, gpt2_vocabulary, tiny_shakes
     file.save_pretrained(tmp_path)
     tokenizer = from_fast(json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")))
     text = ODD + tiny_shakespeare.read_text(encoding="utf-8")[:100_000]
-    assert tokenizer.encode(text) == gpt2_vocabulary.encode(text) == file(text, verbose=False)["input_ids"]
+    assert (
+        tokenizer.encode(text)
+        == gpt2_vocabulary.encode(text)
+        == file(text, verbose=False)["input_ids"]
+    )
     assert tokenizer.vocab_size == 50257 and tokenizer.eos_token == 50256
 
 
 def test_a_tokenizer_of_another_kind_is_left_out(tmp_path):
     save_reference(tmp_path)
     assert load_pretrained_tokenizer(tmp_path) is None
-    for content in ("", "[]", '{"model": {"type": "Unigram"}}', '{"model": {"type": "BPE", "vocab": {}}}'):
+    for content in (
+        "",
+        "[]",
+        '{"model": {"type": "Unigram"}}',
+        '{"model": {"type": "BPE", "vocab": {}}}',
+    ):
         (tmp_path / "tokenizer.json").write_text(content)
         assert load_pretrained_tokenizer(tmp_path) is None
     damages = [
@@ -510,16 +582,30 @@ def test_a_round_trip_writes_the_same_text(run_to_finetune, capsys, warnings):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run_to_finetune)
     reference = transformers.GPT2LMHeadModel.from_pretrained(run_to_finetune)
     ids = tokenizer(prompt, return_tensors="pt")
-    assert tokenizer.decode(reference.generate(**ids, max_new_tokens=14, do_sample=False)[0]) == text[:-1]
+    assert (
+        tokenizer.decode(reference.generate(**ids, max_new_tokens=14, do_sample=False)[0])
+        == text[:-1]
+    )
     assert not warnings, warnings
 
 
 @pytest.mark.parametrize("options", [{}, {"block_size": 9, "dropout": 0.1, "optimizer": "muon"}])
-def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(train, run_to_finetune, capsys, options):
-    start = {"init_from": "out/pretrained", "n_layer": 5, "lr_decay_iters": 12, "learning_rate": 1e-3} | options
+def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(
+    train, run_to_finetune, capsys, options
+):
+    start = {
+        "init_from": "out/pretrained",
+        "n_layer": 5,
+        "lr_decay_iters": 12,
+        "learning_rate": 1e-3,
+    } | options
     capsys.readouterr()
     train(eval_only=True, **start, out_dir="whole")
-    assert f"validation loss {torch.load('out/best.pt')['best_val_loss']:.4f}" in capsys.readouterr().out or options
+    assert (
+        f"validation loss {torch.load('out/best.pt')['best_val_loss']:.4f}"
+        in capsys.readouterr().out
+        or options
+    )
     train(max_iters=12, **start, out_dir="whole")
     assert losses("whole")[0] < 2 < losses("out")[0]
     train(max_iters=6, **start, out_dir="parts")
@@ -529,7 +615,10 @@ def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(train, 
     train(max_iters=12, **(start | size | {"init_from": "resume"}), out_dir="parts")
     whole, parts = torch.load("whole/last.pt"), torch.load("parts/last.pt")
     assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
-    assert whole["model_args"]["n_layer"] == 2 and whole["init_from"] == parts["init_from"] == "out/pretrained"
+    assert (
+        whole["model_args"]["n_layer"] == 2
+        and whole["init_from"] == parts["init_from"] == "out/pretrained"
+    )
 
 
 def test_a_transformers_model_is_fine_tuned_and_goes_back(train):
@@ -541,7 +630,9 @@ def test_a_transformers_model_is_fine_tuned_and_goes_back(train):
     train(dataset="text", init_from="mine", max_iters=2, learning_rate=1e-3)
     export.main(export.Settings(checkpoint="last.pt", folder="tuned"))
     tuned = transformers.GPT2LMHeadModel.from_pretrained("tuned")
-    ids = transformers.AutoTokenizer.from_pretrained("tuned")(TEXT, return_tensors="pt")["input_ids"][:, :16]
+    ids = transformers.AutoTokenizer.from_pretrained("tuned")(TEXT, return_tensors="pt")[
+        "input_ids"
+    ][:, :16]
     assert tuned(ids, labels=ids).loss < reference(ids, labels=ids).loss
     assert_same_logits(sample.load_model("out/last.pt")[0], tuned)
 
@@ -551,12 +642,17 @@ def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(train, run_to_f
     assert "init_from auto, not out/pretrained" in fails(capsys, train, init_from="out/pretrained")
     assert Path("out/last.pt").read_bytes() == before
     new = {"init_from": "out/pretrained", "out_dir": "new"}
-    assert "16 tokens: that is the largest --block_size" in fails(capsys, train, block_size=17, **new)
+    assert "16 tokens: that is the largest --block_size" in fails(
+        capsys, train, block_size=17, **new
+    )
     for text in ("something else " * 50, TEXT.replace("T", "X")):  # fewer characters, and others
         Path("other.txt").write_text(text)
         prepare_data.prepare("other", "other.txt")
         message = fails(capsys, train, dataset="other", **new)
-        assert "data/other has other tokens than out/pretrained" in message and "--tokenizer=out/pretrained" in message
+        assert (
+            "data/other has other tokens than out/pretrained" in message
+            and "--tokenizer=out/pretrained" in message
+        )
     save_reference("reference", vocab_size=23)
     with pytest.raises(UserError, match=r"reference has no tokenizer\.json"):
         sample.main(sample.Settings(init_from="reference"))
@@ -580,8 +676,18 @@ def test_the_commands_export_and_fine_tune_on_two_ranks(run, train):
 def test_the_config_for_fine_tuning_fine_tunes(train, run_to_finetune):
     import train as train_module
 
-    changes = ["--dataset=tiny", f"--init_from={run_to_finetune}", "--block_size=16", "--max_iters=10", "--device=cpu"]
+    changes = [
+        "--dataset=tiny",
+        f"--init_from={run_to_finetune}",
+        "--block_size=16",
+        "--max_iters=10",
+        "--device=cpu",
+    ]
     config = str(ROOT / "config/finetune_shakespeare.py")
-    train_module.main(read_settings(train_module.Settings, [config, *changes, "--compile=False"], ""))
+    train_module.main(
+        read_settings(train_module.Settings, [config, *changes, "--compile=False"], "")
+    )
     before, after = (torch.load(f"{out}/best.pt") for out in ("out", "out/finetune_shakespeare"))
-    assert after["best_val_loss"] < before["best_val_loss"] and after["config"]["learning_rate"] < 1e-4
+    assert (
+        after["best_val_loss"] < before["best_val_loss"] and after["config"]["learning_rate"] < 1e-4
+    )

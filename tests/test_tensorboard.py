@@ -35,7 +35,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_tensorboard_reads_what_a_run_logged():
-    write_metrics(record(1, 3.0), record(2, None, lr=0.5), record(2, 2.5, val_loss=2.25), end='{"step": 3')
+    write_metrics(
+        record(1, 3.0), record(2, None, lr=0.5), record(2, 2.5, val_loss=2.25), end='{"step": 3'
+    )
     tensorboard.main(tensorboard.Settings(follow=False))
     assert read_back("loss", "lr", "val_loss") == {
         "loss": [(1, 3.0), (2, 2.5)],
@@ -54,13 +56,20 @@ def test_each_step_stands_once_when_it_is_written_again_or_the_run_was_resumed()
     assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 7)] + [(7, 0.5)]
 
 
-def test_a_run_is_followed_until_ctrl_c_also_where_a_resumed_one_writes_its_steps_again(monkeypatch, capsys):
+def test_a_run_is_followed_until_ctrl_c_also_where_a_resumed_one_writes_its_steps_again(
+    monkeypatch, capsys
+):
     stages = [
         [record(1, 1.0), record(2, 2.0)],
         [record(1, 1.0), record(2, 2.0), record(3, 3.0), record(4, 4.0)],
         [record(1, 1.0), record(2, 2.0)],  # the checkpoint of step 2 is resumed
         [record(1, 1.0), record(2, 2.0), record(3, 3.5)],
-        [record(1, 1.0), record(2, 2.25), record(3, 3.5), record(4, 4.5)],  # cut and resumed between two looks
+        [
+            record(1, 1.0),
+            record(2, 2.25),
+            record(3, 3.5),
+            record(4, 4.5),
+        ],  # cut and resumed between two looks
     ]
     seen = []
 

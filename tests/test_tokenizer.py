@@ -4,10 +4,13 @@ from itertools import pairwise
 
 import pytest
 
+from support.bpe import train_bpe
 from support.settings import UserError
-from support.tokenizer import load_tokenizer, train_bpe
+from support.tokenizer import load_tokenizer
 
-UNICODE = "naïve façade, 'tis \r\n\t “quoted” ☃ 漢字 🤖👩‍👩‍👧 \u200b e\u0301 \x00 <|endoftext|>  end \n\n"
+UNICODE = (
+    "naïve façade, 'tis \r\n\t “quoted” ☃ 漢字 🤖👩‍👩‍👧 \u200b e\u0301 \x00 <|endoftext|>  end \n\n"
+)
 
 
 def tokenizers():
@@ -45,7 +48,11 @@ def test_gpt2_tokens_are_tiktokens(gpt2_vocabulary):
 def test_end_of_text_separates_texts_and_is_text_where_it_is_written_out(gpt2_vocabulary):
     tokenizer = load_tokenizer({"tokenizer": "gpt2"})
     for first in ("one", "<|endoftext|> one"):
-        expected = [*gpt2_vocabulary.encode_ordinary(first), 50256, *gpt2_vocabulary.encode_ordinary("two")]
+        expected = [
+            *gpt2_vocabulary.encode_ordinary(first),
+            50256,
+            *gpt2_vocabulary.encode_ordinary("two"),
+        ]
         assert tokenizer.encode_texts([(False, first), (True, "two")]).tolist() == expected
 
 
@@ -64,7 +71,9 @@ def test_unsorted_characters_are_refused():
 
 
 def test_unknown_and_unreachable_vocabularies_are_clear(monkeypatch):
-    with pytest.raises(UserError, match=r"no tokenizer gpt5: expected char, byte, bpe:N .* gpt2, .* or a folder"):
+    with pytest.raises(
+        UserError, match=r"no tokenizer gpt5: expected char, byte, bpe:N .* gpt2, .* or a folder"
+    ):
         load_tokenizer({"tokenizer": "gpt5"})
 
     def no_network(name):
@@ -82,7 +91,9 @@ def test_a_learned_bpe_has_the_merges_of_hugging_faces_trainer(tiny_shakespeare)
     tokenizer = train_bpe([text], 4096)
     assert time.process_time() - start < 10
     reference = tokenizers.Tokenizer(tokenizers.models.BPE())
-    pattern = tokenizers.Regex(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    pattern = tokenizers.Regex(
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    )
     reference.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
     alphabet = sorted(set(text))  # ASCII, so characters are bytes
     trainer = tokenizers.trainers.BpeTrainer(
@@ -90,7 +101,12 @@ def test_a_learned_bpe_has_the_merges_of_hugging_faces_trainer(tiny_shakespeare)
     )
     reference.train_from_iterator([text], trainer)
     merges = [(a + b).encode() for a, b in json.loads(reference.to_str())["model"]["merges"]]
-    ours = [token for token, rank in sorted(tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1])]
+    ours = [
+        token
+        for token, rank in sorted(
+            tokenizer.encoding._mergeable_ranks.items(), key=lambda item: item[1]
+        )
+    ]
     assert ours[256:] == merges  # both take the pair with the lower ids of equally frequent ones
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -26,7 +26,11 @@ def read_settings_of(name):
     return {key: ast.literal_eval(value) for key, value in pairs}
 
 
-ON = {key: value for name in os.environ.get("FORK", "").split() for key, value in read_settings_of(name).items()}
+ON = {
+    key: value
+    for name in os.environ.get("FORK", "").split()
+    for key, value in read_settings_of(name).items()
+}
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -49,7 +53,9 @@ def small(**changes):
     torch.manual_seed(0)
     sizes = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_embd": 32} | changes
     names = {field.name for field in fields(GPTConfig)}
-    model = MiniGPT(GPTConfig(**sizes, **{key: value for key, value in ON.items() if key in names})).eval()
+    model = MiniGPT(
+        GPTConfig(**sizes, **{key: value for key, value in ON.items() if key in names})
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
@@ -91,7 +97,9 @@ def test_the_future_does_not_change_the_past():
 def test_text_of_the_fast_reader_equals_a_loop_without_a_cache_also_past_block_size(rows):
     model = small()
     idx = torch.randint(65, (rows, 5))
-    assert torch.equal(sample.generate(model, idx, 40, temperature=0), continue_without_cache(model, idx, 40))
+    assert torch.equal(
+        sample.generate(model, idx, 40, temperature=0), continue_without_cache(model, idx, 40)
+    )
 
 
 def test_a_trained_checkpoint_writes_what_the_trained_model_would(train):
@@ -102,7 +110,9 @@ def test_a_trained_checkpoint_writes_what_the_trained_model_would(train):
     trained.load_state_dict(state["model"])
     idx = torch.tensor([tokenizer.encode("To be")])
     torch.testing.assert_close(model(idx)[0], trained(idx)[0], atol=1e-4, rtol=0)
-    assert torch.equal(sample.generate(model, idx, 40, temperature=0), continue_without_cache(trained, idx, 40))
+    assert torch.equal(
+        sample.generate(model, idx, 40, temperature=0), continue_without_cache(trained, idx, 40)
+    )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -127,7 +137,9 @@ def test_two_ranks_equal_one_and_resume_to_the_bit(train, run):
             commands.append(" ".join(f"--{key}={value}" for key, value in command.items()))
     done = run("forks/checks/two_ranks.py", *commands)
     assert done.returncode == 0, done.stderr
-    for optimizer, rel in zip(OPTIMIZERS, (1e-5, 1e-3), strict=True):  # Muon makes more of the last digits
+    for optimizer, rel in zip(
+        OPTIMIZERS, (1e-5, 1e-3), strict=True
+    ):  # Muon makes more of the last digits
         one, two, parts = (f"{optimizer}/{out}" for out in ("one", "two", "parts"))
         assert metrics(two) == pytest.approx(metrics(one), rel=rel)
         assert metrics(two, "val_loss") == pytest.approx(metrics(one, "val_loss"), rel=rel)
@@ -139,6 +151,13 @@ def test_two_ranks_equal_one_and_resume_to_the_bit(train, run):
 def test_the_commands_train_and_sample(run):
     done = run("train.py", *[f"--{key}={value}" for key, value in (TINY | ON).items()])
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "--out_dir=out", "--prompt=To be", "--max_new_tokens=30", "--device=cpu", "--num_samples=2")
+    done = run(
+        "sample.py",
+        "--out_dir=out",
+        "--prompt=To be",
+        "--max_new_tokens=30",
+        "--device=cpu",
+        "--num_samples=2",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("To be") and len(done.stdout) > 60

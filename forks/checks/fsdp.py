@@ -40,7 +40,12 @@ def losses(out_dir):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_one_rank_and_two_take_over_from_each_other(train, run, optimizer):
     """A sharded run's checkpoint is that of one process: either resumes what the other has saved."""
-    settings = {"lr_decay_iters": 9, "eval_interval": 3, "optimizer": optimizer, "activation_checkpointing": True}
+    settings = {
+        "lr_decay_iters": 9,
+        "eval_interval": 3,
+        "optimizer": optimizer,
+        "activation_checkpointing": True,
+    }
     train(**settings, max_iters=9, out_dir="one")
     two_ranks = "forks/checks/two_ranks.py"
     done = run(two_ranks, command(**settings, out_dir="turns", max_iters=3))
@@ -48,22 +53,30 @@ def test_one_rank_and_two_take_over_from_each_other(train, run, optimizer):
     train(**settings, max_iters=6, out_dir="turns")
     done = run(two_ranks, command(**settings, out_dir="turns", max_iters=9))
     assert done.returncode == 0, done.stderr
-    assert losses("turns") == pytest.approx(losses("one"), abs=1e-4 if optimizer == "adamw" else 1e-3)
+    assert losses("turns") == pytest.approx(
+        losses("one"), abs=1e-4 if optimizer == "adamw" else 1e-3
+    )
     one, turns = read_checkpoint("one/last.pt"), read_checkpoint("turns/last.pt")
     for name, p in one["model"].items():
         assert turns["model"][name].shape == p.shape and type(turns["model"][name]) is type(p), name
     assert one["optimizer"]["param_groups"] == turns["optimizer"]["param_groups"]
     for i, state in one["optimizer"]["state"].items():
-        assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in turns["optimizer"]["state"][i].items()}
+        assert {k: v.shape for k, v in state.items()} == {
+            k: v.shape for k, v in turns["optimizer"]["state"][i].items()
+        }
 
 
 def test_a_rank_holds_half_of_model_gradients_and_moments(run, workdir):
     Path("measure.py").write_text(MEASURE, encoding="utf-8")
-    done = run(str(Path("measure.py").resolve()), ROOT / "forks/checks/two_ranks.py", command(max_iters=1))
+    done = run(
+        str(Path("measure.py").resolve()), ROOT / "forks/checks/two_ranks.py", command(max_iters=1)
+    )
     assert done.returncode == 0, done.stderr
     state = read_checkpoint("out/last.pt")  # which is whole
     model = sum(p.nbytes for p in state["model"].values())
-    moments = sum(t.nbytes for values in state["optimizer"]["state"].values() for t in values.values())
+    moments = sum(
+        t.nbytes for values in state["optimizer"]["state"].values() for t in values.values()
+    )
     held = [list(map(int, line)) for line in re.findall(r"bytes (\d+) (\d+) (\d+)", done.stdout)]
     assert len(held) == 2
     for sizes in held:

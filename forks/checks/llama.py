@@ -41,7 +41,9 @@ def llama_with_the_weights_of(model):
             for part, half in zip(("k_proj", "v_proj"), p.chunk(2), strict=True):
                 weights[f"{prefix}self_attn.{part}.{kind}"] = half
         else:
-            weights[f"{prefix}{NAMES[name]}.{kind}"] = p[: config.vocab_size] if name == "wte" else p
+            weights[f"{prefix}{NAMES[name]}.{kind}"] = (
+                p[: config.vocab_size] if name == "wte" else p
+            )
     theirs.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     return theirs
 
@@ -59,7 +61,9 @@ def test_logits_equal_llamas_with_the_same_weights(n_kv_head, bias):
         torch.testing.assert_close(model(idx)[0], expected, atol=1e-4, rtol=0)
         cache = KVCache(model.config, 2)
         for end, chunk in enumerate(idx.split([30] + [1] * 18, dim=1), start=30):
-            torch.testing.assert_close(model(chunk, cache=cache)[0], expected[:, end - 1 : end], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                model(chunk, cache=cache)[0], expected[:, end - 1 : end], atol=1e-4, rtol=0
+            )
 
 
 def test_the_mlp_has_as_many_weights_as_gpt2s():

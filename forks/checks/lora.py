@@ -23,7 +23,9 @@ def test_it_equals_the_base_model_at_the_start_and_trains_the_thin_matrices_alon
     assert all(p.requires_grad == (id(p) not in frozen) for p in model.parameters())
     shapes = {"c_attn": (96, 32), "c_proj": (32, 32), "c_fc": (128, 32)}
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert n == 2 * 4 * (sum(map(sum, shapes.values())) + 32 + 128)  # layers, rank; the last is the MLP's c_proj
+    assert n == 2 * 4 * (
+        sum(map(sum, shapes.values())) + 32 + 128
+    )  # layers, rank; the last is the MLP's c_proj
     model(idx, idx)[1].backward()
     assert {id(p) for p in model.parameters() if p.grad is not None} == {
         id(p) for p in model.parameters() if p.requires_grad
@@ -36,10 +38,14 @@ def test_merged_equals_unmerged_and_the_formula():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     layer, x = model.h[0].mlp.c_fc, torch.randn(5, 32)
-    torch.testing.assert_close(layer(x), x @ layer.linear.weight.T + layer.linear.bias + x @ layer.a.T @ layer.b.T)
+    torch.testing.assert_close(
+        layer(x), x @ layer.linear.weight.T + layer.linear.bias + x @ layer.a.T @ layer.b.T
+    )
     expected = model(idx)[0]
     merge_lora(model)
-    assert not any(isinstance(module, LoRA) for module in model.modules()) and model.config == GPTConfig(**SIZES)
+    assert not any(
+        isinstance(module, LoRA) for module in model.modules()
+    ) and model.config == GPTConfig(**SIZES)
     assert all(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(model(idx)[0], expected, atol=1e-4, rtol=1e-4)
 
@@ -48,7 +54,12 @@ def test_merged_equals_unmerged_and_the_formula():
 def test_a_run_changes_and_remembers_them_alone_and_resumes_to_the_bit(train, optimizer):
     train(max_iters=20, eval_interval=20, out_dir="base")
     save_pretrained(sample.load_model("base/last.pt")[0], "base/folder")
-    settings = {"init_from": "base/folder", "lora_rank": 4, "optimizer": optimizer, "lr_decay_iters": 12}
+    settings = {
+        "init_from": "base/folder",
+        "lora_rank": 4,
+        "optimizer": optimizer,
+        "lr_decay_iters": 12,
+    }
     train(**settings, max_iters=12, out_dir="whole")
     for stop in (6, 12):
         train(**settings, max_iters=stop, out_dir="parts")
@@ -61,13 +72,17 @@ def test_a_run_changes_and_remembers_them_alone_and_resumes_to_the_bit(train, op
         else:
             assert torch.equal(p, base[name.replace(".linear", "")]), name
     moments = [state["exp_avg"].shape for state in whole["optimizer"]["state"].values()]
-    assert len(moments) == 2 * 2 * 4 and all(4 in shape for shape in moments)  # A and B of eight layers
+    assert len(moments) == 2 * 2 * 4 and all(
+        4 in shape for shape in moments
+    )  # A and B of eight layers
 
 
 def test_muon_takes_each_thin_matrix_as_one():
     """Not in three, as c_attn's own: the rows of A are no queries, keys and values."""
     model = MiniGPT(GPTConfig(**SIZES, lora_rank=4))
-    groups = train_module.make_optimizer(model, train_module.Settings(optimizer="muon")).param_groups
+    groups = train_module.make_optimizer(
+        model, train_module.Settings(optimizer="muon")
+    ).param_groups
     splits = {id(p): group["splits"] for group in groups for p in group["params"]}
     assert {splits[id(p)] for p in model.parameters() if p.requires_grad} == {1}
 
@@ -81,7 +96,9 @@ def test_an_export_is_the_merged_model(train):
     trained = MiniGPT(GPTConfig(**state["model_args"])).eval()
     trained.load_state_dict(state["model"])
     idx = torch.randint(23, (2, 16))
-    torch.testing.assert_close(load_pretrained("folder")(idx)[0], trained(idx)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        load_pretrained("folder")(idx)[0], trained(idx)[0], atol=1e-4, rtol=0
+    )
 
 
 def test_weights_are_what_is_trained_without_a_rank():

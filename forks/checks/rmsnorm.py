@@ -12,8 +12,12 @@ def test_each_norm_is_x_over_its_root_mean_square_times_a_gain():
     norms = [model.ln_f, *(norm for block in model.h for norm in (block.ln_1, block.ln_2))]
     for norm in norms:
         gain = torch.nn.init.normal_(norm.weight)
-        torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain)
-        assert [name for name, _ in norm.named_parameters()] == ["weight"]  # no bias, and no mean taken off
+        torch.testing.assert_close(
+            norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+        )
+        assert [name for name, _ in norm.named_parameters()] == [
+            "weight"
+        ]  # no bias, and no mean taken off
 
 
 def test_the_logits_do_not_see_the_size_of_the_stream_only_its_direction():

@@ -25,9 +25,18 @@ def turned_as_llama_does(q, k, positions):
 
 @pytest.mark.parametrize("start", [0, 5, 1000])
 def test_queries_and_keys_are_turned_as_llamas(start):
-    q, k, positions = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16), torch.arange(start, start + 9)
-    expected, atol = turned_as_llama_does(q, k, positions), 1e-3 if start else 1e-5  # float32 angles near 1000
-    torch.testing.assert_close((rotate(q, positions), rotate(k, positions)), expected, atol=atol, rtol=0)
+    q, k, positions = (
+        torch.randn(2, 4, 9, 16),
+        torch.randn(2, 4, 9, 16),
+        torch.arange(start, start + 9),
+    )
+    expected, atol = (
+        turned_as_llama_does(q, k, positions),
+        1e-3 if start else 1e-5,
+    )  # float32 angles near 1000
+    torch.testing.assert_close(
+        (rotate(q, positions), rotate(k, positions)), expected, atol=atol, rtol=0
+    )
 
 
 def test_attention_turns_queries_and_keys_and_not_values():
@@ -43,7 +52,9 @@ def test_attention_turns_queries_and_keys_and_not_values():
 
 def test_scores_depend_on_the_distance_alone():
     q, k = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
-    scores = [rotate(q, torch.tensor([n + 7])) @ rotate(k, torch.tensor([n])).mT for n in (0, 3, 500)]
+    scores = [
+        rotate(q, torch.tensor([n + 7])) @ rotate(k, torch.tensor([n])).mT for n in (0, 3, 500)
+    ]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-3, rtol=0)
     torch.testing.assert_close(scores[0], scores[2], atol=1e-3, rtol=0)
     farther = rotate(q, torch.tensor([8])) @ rotate(k, torch.tensor([0])).mT
@@ -54,7 +65,9 @@ def test_no_position_has_a_parameter_and_the_order_of_tokens_still_matters():
     model = small()
     assert not any("wpe" in name for name in model.state_dict())
     idx = torch.tensor([[1, 2, 3, 4]])
-    assert not torch.allclose(model(idx)[0][0, -1], model(idx[:, [1, 0, 2, 3]])[0][0, -1], atol=1e-3)
+    assert not torch.allclose(
+        model(idx)[0][0, -1], model(idx[:, [1, 0, 2, 3]])[0][0, -1], atol=1e-3
+    )
 
 
 def test_a_longer_cache_reads_past_block_size():
@@ -73,4 +86,6 @@ def test_a_compiled_step_writes_the_same():
 
     model, idx = small(), torch.randint(65, (1, 5))
     read = CompiledReader(model, backend="eager")
-    assert torch.equal(sample.generate(model, idx, 30, 0, read=read), sample.generate(model, idx, 30, 0))
+    assert torch.equal(
+        sample.generate(model, idx, 30, 0, read=read), sample.generate(model, idx, 30, 0)
+    )

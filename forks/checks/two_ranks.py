@@ -15,7 +15,12 @@ from support.settings import read_settings
 
 
 def rank(number: int, port: int, arguments: list[str]) -> None:
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(number),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     train.main(read_settings(train.Settings, arguments, ""))
 
@@ -25,7 +30,10 @@ if __name__ == "__main__":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [get_context("fork").Process(target=rank, args=(n, port, arguments.split())) for n in range(2)]
+        ranks = [
+            get_context("fork").Process(target=rank, args=(n, port, arguments.split()))
+            for n in range(2)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
