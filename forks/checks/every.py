@@ -15,6 +15,7 @@ import torch
 import sample
 from model import GPTConfig, KVCache, MiniGPT
 from support.checkpoint import read_checkpoint
+from support.fast import pack
 from tests.conftest import ROOT, TINY
 
 
@@ -94,11 +95,12 @@ def test_the_future_does_not_change_the_past():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_text_of_the_fast_reader_equals_a_loop_without_a_cache_also_past_block_size(rows):
+def test_text_of_a_packed_model_equals_a_loop_without_a_cache_also_past_block_size(rows):
     model = small()
     idx = torch.randint(65, (rows, 5))
     assert torch.equal(
-        sample.generate(model, idx, 40, temperature=0), continue_without_cache(model, idx, 40)
+        sample.generate(pack(model, rows), idx, 40, temperature=0),
+        continue_without_cache(model, idx, 40),
     )
 
 

@@ -82,10 +82,11 @@ def test_a_longer_cache_reads_past_block_size():
 
 def test_a_compiled_step_writes_the_same():
     """StaticKVCache hands its positions over in a buffer."""
-    from support.fast import CompiledReader
+    from support.fast import CompiledDecoder
 
     model, idx = small(), torch.randint(65, (1, 5))
-    read = CompiledReader(model, backend="eager")
+    compiled = CompiledDecoder(model, backend="eager")
     assert torch.equal(
-        sample.generate(model, idx, 30, 0, read=read), sample.generate(model, idx, 30, 0)
+        sample.generate(compiled, idx, 30, temperature=0),
+        sample.generate(model, idx, 30, temperature=0),
     )
