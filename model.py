@@ -184,14 +184,12 @@ class MiniGPT(nn.Module):
         if cache is not None:
             x = x[:, -1:]  # with a cache only the last token is continued
         logits = self.lm_head(self.ln_f(x))  # (B, T, padded_vocab_size)
-        vocab_size = self.config.vocab_size
+        logits = logits[..., : self.config.vocab_size]
         if targets is None:
-            return logits[..., :vocab_size], None
-
-        logits = logits.float()  # also under autocast: bfloat16 would leave the loss two digits
-        logits[..., vocab_size:] = -math.inf  # the padding has probability 0
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        return logits[..., :vocab_size].detach(), loss
+            return logits, None
+        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return logits.detach(), loss
 
     def check_ids(self, idx: torch.Tensor) -> None:
         """Raise ValueError for no token ids, and on a CPU for ids outside the vocabulary.

@@ -142,7 +142,7 @@ def stream(
     done = torch.zeros(B, dtype=torch.bool, device=idx.device)
 
     uncached = idx[:, -block_size:]
-    if T > 1 and (idx == idx[0]).all():
+    if B > 1 and T > 1 and (idx == idx[0]).all():
         uncached = uncached[:1]  # a prompt that all rows share is computed once
     for end in range(T, T + max_new_tokens):
         if cache.length + uncached.size(1) > block_size:

@@ -432,7 +432,8 @@ def main(s: Settings) -> None:
         f"      {len(train_tokens):,} training tokens, vocabulary of {meta['vocab_size']:,}\n"
         f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, "
         f"{micro_steps} x {micro_batch_size} sequences each\n"
-        f"run: {s.max_iters:,} steps, which read each training token {epochs:,.1f} times"
+        f"run: {s.max_iters:,} steps, {epochs:,.1f} epochs: "
+        f"each token is read {epochs:,.1f} times"
     )
     stopped_early = 0 < s.patience <= worse_evals
     if not s.eval_only and (stopped_early or evaluated >= s.max_iters):
@@ -530,7 +531,7 @@ def main(s: Settings) -> None:
                 gradient_sync = network.no_sync()  # one all-reduce per step is enough
             with gradient_sync:
                 with autocast:
-                    _, micro_loss = network(x, y)
+                    micro_loss = network(x, y)[1]  # the logits, which are large, are freed here
                 scaler.scale(micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
         scaler.unscale_(optimizer)

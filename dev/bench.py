@@ -232,11 +232,12 @@ def race(s: Settings, device: torch.device, machine: str) -> None:
         f"--dataset=shakespeare --eval_iters=40 {RECIPE}",
         "config/shakespeare.py --device=cpu",
     )
-    flags = [
-        f"--out_dir={mine}",
-        *(matched if s.race == "matched" else recipe).split(),
-        *s.flags.split(),
-    ]
+    changed = [flag.partition("=")[0] for flag in s.flags.split()]
+    flags = [f"--out_dir={mine}"]
+    for flag in (matched if s.race == "matched" else recipe).split():
+        if flag.partition("=")[0] not in changed:
+            flags.append(flag)
+    flags += s.flags.split()
     ours, base = (
         asdict(read_settings(train.Settings, argv, ""))
         for argv in (flags, [flags[0], *matched.split()])

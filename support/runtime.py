@@ -265,7 +265,7 @@ def compile_now(
 
     def step(network):
         with autocast:
-            _, loss = network(*batch)
+            loss = network(*batch)[1]
         loss.backward()
 
     failure = ""

@@ -324,9 +324,9 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     assert "gpt2-medium can't be downloaded (" in fails(capsys, train, init_from="gpt2-medium")
-    assert not Path("out").exists()
+    assert not list(Path("out").glob("*.pt"))
     wrong = {"init_from": "gpt3", "dataset": "nowhere"}  # which is named first
-    assert "--init_from=gpt3 is not a folder or one of auto, resume, scratch, gpt2" in fails(
+    assert "--init_from=gpt3 is not a folder, a checkpoint or one of auto, resume, scratch, gpt2" in fails(
         capsys, train, **wrong
     )
     with pytest.raises(UserError, match=r"no gpt3.config.json: expected gpt2, gpt2-medium"):
@@ -602,7 +602,7 @@ def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(
     capsys.readouterr()
     train(eval_only=True, **start, out_dir="whole")
     assert (
-        f"validation loss {torch.load('out/best.pt')['best_val_loss']:.4f}"
+        f"validation loss {torch.load('out/last.pt')['best_val_loss']:.4f}"
         in capsys.readouterr().out
         or options
     )
@@ -656,7 +656,7 @@ def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(train, run_to_f
     save_reference("reference", vocab_size=23)
     with pytest.raises(UserError, match=r"reference has no tokenizer\.json"):
         sample.main(sample.Settings(init_from="reference"))
-    assert not Path("new").exists()
+    assert not list(Path("new").glob("*.pt"))
 
 
 def test_the_commands_export_and_fine_tune_on_two_ranks(run, train):

@@ -33,7 +33,8 @@ def llama_with_the_weights_of(model):
         )
     ).eval()
     weights = {}
-    for name, p in model.state_dict().items():
+    for name, p in model.named_parameters():
+        p = p.detach()
         *path, kind = name.split(".")
         prefix = f"model.layers.{path[1]}." if path[0] == "h" else ""
         name = ".".join(path[2:] if prefix else path)
