@@ -23,7 +23,7 @@ SKIPPED = {
     "python -m pytest": ".ci/run does this",
     "--nproc_per_node=8": "needs eight GPUs",
     "--nanogpt": "takes minutes, and a clone of nanoGPT",
-    "extras.bench": "takes minutes; tests/test_bench.py runs it",
+    "dev.bench": "takes minutes; tests/test_bench.py runs it",
     "--init_from=gpt2": "needs the hub",
     "finetune_shakespeare": "needs the hub; tests/test_pretrained.py does it with a model of its own",
 }

@@ -168,9 +168,9 @@ def test_surprise_rank_and_entropy_are_those_of_the_model(browser, open_page):
     assert f"rank {rank} of 256" in text
     assert f"Entropy {entropy:.2f} bits" in text
     box = browser.find_element("id", "token5")
-    amount = float(browser.execute_script(
-        "return arguments[0].style.getPropertyValue('--amount')", box
-    ))
+    amount = float(
+        browser.execute_script("return arguments[0].style.getPropertyValue('--amount')", box)
+    )
     assert amount == pytest.approx(min(1, surprise / 8), abs=1e-3)
 
 

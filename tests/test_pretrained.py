@@ -326,8 +326,9 @@ def test_the_released_names_are_looked_up_on_the_hub(workdir, monkeypatch, capsy
     assert "gpt2-medium can't be downloaded (" in fails(capsys, train, init_from="gpt2-medium")
     assert not list(Path("out").glob("*.pt"))
     wrong = {"init_from": "gpt3", "dataset": "nowhere"}  # which is named first
-    assert "--init_from=gpt3 is not a folder, a checkpoint or one of auto, resume, scratch, gpt2" in fails(
-        capsys, train, **wrong
+    assert (
+        "--init_from=gpt3 is not a folder, a checkpoint or one of auto, resume, scratch, gpt2"
+        in fails(capsys, train, **wrong)
     )
     with pytest.raises(UserError, match=r"no gpt3.config.json: expected gpt2, gpt2-medium"):
         load_pretrained("gpt3")
