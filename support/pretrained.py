@@ -27,6 +27,7 @@ from support.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    Tokenizer,
     load_tokenizer,
 )
 
@@ -178,7 +179,7 @@ def load_pretrained(
     return model.eval()
 
 
-def load_pretrained_tokenizer(name_or_path: str | Path) -> ByteTokenizer | None:
+def load_pretrained_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
     """The tokenizer of a name or folder as in load_pretrained; None if it is missing or from_fast does not know it."""
     (folder, config), tokenizer = open_folder(name_or_path), None
     if (folder / "tokenizer.json").exists():
@@ -207,9 +208,7 @@ def check_same_tokens(name: str, vocab_size: int, dataset_meta: dict[str, Any]) 
         )
 
 
-def save_pretrained(
-    model: MiniGPT, folder: str | Path, tokenizer: ByteTokenizer | None = None
-) -> None:
+def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write model, and its tokenizer if given, to folder, for transformers' GPT2LMHeadModel and AutoTokenizer.
 
     config.json is written last: without it a folder is not a model's. Raises UserError where writing fails.
@@ -298,7 +297,7 @@ def merges(vocab: dict[str, int]) -> list[str]:
     return pairs
 
 
-def to_fast(tokenizer: ByteTokenizer) -> dict[str, Any]:
+def to_fast(tokenizer: Tokenizer) -> dict[str, Any]:
     """A tokenizer as the contents of tokenizer.json. Raises UserError for a kind that has no such form."""
     vocab, special, pairs, splits, decoder = TO_BYTE, {}, [], BYTE_LEVEL, BYTE_LEVEL
     if isinstance(tokenizer, CharTokenizer):
@@ -320,7 +319,7 @@ def to_fast(tokenizer: ByteTokenizer) -> dict[str, Any]:
             "invert": False,
         }
         splits = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
-    elif type(tokenizer) is not ByteTokenizer:
+    elif not isinstance(tokenizer, ByteTokenizer):
         raise UserError(
             f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it"
         )
@@ -341,7 +340,7 @@ def to_fast(tokenizer: ByteTokenizer) -> dict[str, Any]:
     return fast | {"model": {"type": "BPE", "vocab": vocab, "merges": pairs}}
 
 
-def from_fast(fast: dict[str, Any]) -> ByteTokenizer:
+def from_fast(fast: dict[str, Any]) -> Tokenizer:
     """The tokenizer in a tokenizer.json's contents. Raises an Exception unless to_fast wrote it or it is GPT-2's."""
     model, splits = fast["model"], fast["pre_tokenizer"]
     special = {token["content"]: token["id"] for token in fast["added_tokens"]}

@@ -18,34 +18,37 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-class ByteTokenizer:
-    """Every byte of the UTF-8 text is a token."""
+class Tokenizer:
+    """What all tokenizers share: each defines vocab_size, meta, encode_array and decode_bytes."""
 
-    vocab_size = 256
-    eos_token = None
-    meta = {"tokenizer": "byte"}  # noqa: RUF012 (never changed)
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8)
+    eos_token: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
     def encode_texts(self, texts: list[tuple[bool, str]]) -> np.ndarray:
-        """The ids of all texts in a row; True puts end of text, if there is such a token, before a text."""
+        """The ids of all texts in a row. True asks for end of text before a text, if there is one."""
         return self.encode_array("".join(text for _, text in texts))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-Tokenizer = ByteTokenizer
+class ByteTokenizer(Tokenizer):
+    """Every byte of the UTF-8 text is a token."""
+
+    def __init__(self):
+        self.vocab_size = 256
+        self.meta = {"tokenizer": "byte"}
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(ids)
 
 
-class CharTokenizer(ByteTokenizer):
+class CharTokenizer(Tokenizer):
     """Every character is a token: its id is its index in chars, which are sorted."""
 
     def __init__(self, chars: Iterable[str]):
@@ -73,7 +76,7 @@ class CharTokenizer(ByteTokenizer):
         return "".join(self.chars[i] for i in ids).encode("utf-8")
 
 
-class BPETokenizer(ByteTokenizer):
+class BPETokenizer(Tokenizer):
     """Byte-pair encoding (Sennrich et al. 2016; of bytes: Radford et al. 2019), computed by tiktoken."""
 
     def __init__(self, encoding: tiktoken.Encoding):
@@ -122,7 +125,7 @@ class BPETokenizer(ByteTokenizer):
         return b"".join(self.bytes.get(i, b"") for i in ids)  # some encodings leave ids unused
 
 
-def load_tokenizer(meta: dict) -> ByteTokenizer:
+def load_tokenizer(meta: dict) -> Tokenizer:
     """The tokenizer that meta describes: a dataset's meta.json, or a checkpoint's "tokenizer" entry."""
     name = meta["tokenizer"]
     if name == "char":

@@ -388,7 +388,7 @@ def export_command(tmp_path, monkeypatch):
         "model": model.state_dict(),
         "model_args": vars(model.config),
         "step": 7,
-        "tokenizer": ByteTokenizer.meta,
+        "tokenizer": ByteTokenizer().meta,
     }
     Path("out").mkdir()
     torch.save(state, "out/best.pt")
