@@ -319,7 +319,7 @@ def to_fast(tokenizer: Tokenizer) -> dict[str, Any]:
             "invert": False,
         }
         splits = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
-    elif not isinstance(tokenizer, ByteTokenizer):
+    elif type(tokenizer) is not ByteTokenizer:
         raise UserError(
             f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it"
         )

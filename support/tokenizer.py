@@ -37,8 +37,9 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """Every byte of the UTF-8 text is a token."""
 
+    vocab_size = 256
+
     def __init__(self):
-        self.vocab_size = 256
         self.meta = {"tokenizer": "byte"}
 
     def encode_array(self, text: str) -> np.ndarray:
