@@ -207,17 +207,19 @@ class StopSignals:
                 self.previous[number] = signal.signal(number, self.note)
 
     def note(self, number: int, frame: object) -> None:
-        if not self.received:
-            self.received = number
-            self.time = time.monotonic()
-            if self.ranks.rank == 0:
-                with suppress(OSError):  # os.write, as print itself may be what is interrupted
-                    os.write(2, b"stopping after this step; again to quit without saving\n")
-        if self.ranks.size > 1 and time.monotonic() - self.time < 1:
-            return  # the first signal, or torchrun's echo of it
-        signal.signal(number, signal.SIG_DFL)
-        if self.ranks.size > 1:
+        if self.received:
+            if self.ranks.size > 1 and time.monotonic() - self.time < 1:
+                return  # torchrun's echo of the first signal
+            signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+            return
+        self.received = number
+        self.time = time.monotonic()
+        if self.ranks.size == 1:
+            signal.signal(number, signal.SIG_DFL)  # ends the process even inside a long kernel
+        if self.ranks.rank == 0:
+            with suppress(OSError):  # os.write, as print itself may be what is interrupted
+                os.write(2, b"stopping after this step; again to quit without saving\n")
 
     def agreed(self) -> bool:
         """Whether a signal has come on any rank."""

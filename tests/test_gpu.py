@@ -211,7 +211,7 @@ def test_the_second_signal_ends_a_rank_at_once_but_not_torchruns_echo_of_the_fir
         signal, "signal", lambda number, handler: handlers.update({number: handler})
     )
     monkeypatch.setattr(signal, "raise_signal", ended.append)
-    clock = iter([0.0, 0.0, 0.5, 3.0])  # the first signal looks twice
+    clock = iter([0.0, 0.5, 3.0])
     monkeypatch.setattr(runtime.time, "monotonic", lambda: next(clock))
     StopSignals(job(0, 2))
     for expected in ([], [], [signal.SIGTERM]):
