@@ -1,7 +1,8 @@
 """Generate text with a trained GPT.
 
-python sample.py --out_dir=out/shakespeare --prompt="ROMEO:"
-python sample.py --init_from=gpt2 --prompt="Once upon a time"      GPT-2's weights, or a folder
+python sample.py "ROMEO:" --out_dir=out/shakespeare
+python sample.py "ROMEO:" "JULIET:" --out_dir=out/shakespeare      one after the other
+python sample.py "Once upon a time" --init_from=gpt2               GPT-2's weights, or a folder
 python sample.py --out_dir=out/shakespeare --prompt_file=- --num_samples=3 --top_k=50 < prompt.txt
 
 The text goes to stdout as it is generated, of several samples the first one; all else to stderr.
@@ -26,6 +27,8 @@ from support.runtime import best_dtype, pick_device
 from support.settings import UserError, run_script, setting, user_error
 from support.tokenizer import Tokenizer, load_tokenizer
 
+SEPARATOR = "---------------"  # between texts
+
 
 @dataclass
 class Settings:
@@ -36,7 +39,9 @@ class Settings:
     init_from: str = setting(
         "", "instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a model's folder"
     )
-    prompt: str | None = setting(None, "text to continue, by default a new line")
+    prompt: list[str] | None = setting(
+        None, "text to continue, by default a new line; several are continued one after the other"
+    )
     prompt_file: str = setting("", "file to read the prompt from, - for standard input")
     num_samples: int = setting(1, "texts to generate, in one batch", 1)
     max_new_tokens: int = setting(500, "tokens to generate", 1)
@@ -226,27 +231,35 @@ def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, s
     return model, tokenizer, f"{source}; {device.type}, {dtype}"
 
 
-def read_prompt(s: Settings, tokenizer: Tokenizer) -> str:
-    """The prompt that the settings ask for, by default a new line."""
-    if s.prompt is not None and s.prompt_file:
+def read_prompts(s: Settings, tokenizer: Tokenizer) -> list[str]:
+    """The prompts that the settings ask for, by default a new line."""
+    if s.prompt and s.prompt_file:
         raise UserError("give --prompt or --prompt_file, not both")
-    prompt = s.prompt
-    if s.prompt_file:
+    if s.prompt:
+        prompts = s.prompt
+        if any("\\n" in prompt for prompt in prompts):
+            print(
+                r"note: \n stays a backslash and an n; a line break comes from --prompt_file, "
+                r"or in bash from $'A\nB'",
+                file=sys.stderr,
+            )
+    elif s.prompt_file:
         source = 0 if s.prompt_file == "-" else s.prompt_file
         problem = f"can't read the prompt in {s.prompt_file}"
         with (
             user_error(problem, OSError, UnicodeDecodeError),
             open(source, encoding="utf-8", newline="") as file,
         ):
-            prompt = file.read()
-    if prompt is None:
-        prompt = tokenizer.decode([0])
+            prompts = [file.read()]
+    else:
+        prompts = [tokenizer.decode([0])]
         with suppress(UserError):  # a character tokenizer may lack the new line
             if tokenizer.encode("\n"):
-                prompt = "\n"
-    if not prompt:
-        raise UserError("the prompt is empty: it needs at least one character")
-    return prompt
+                prompts = ["\n"]
+    for prompt in prompts:
+        if not tokenizer.encode(prompt):
+            raise UserError("the prompt is empty: it needs at least one character")
+    return prompts
 
 
 def on_cpu(steps: Iterator[torch.Tensor], n: int) -> Iterator[list[int]]:
@@ -290,14 +303,14 @@ def write(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings) -> int
             print(decoder.decode(new), end="", flush=True)
     print(decoder.decode(b"", final=True))
     for text in texts[1:]:
-        print(f"---------------\n{prompt}{tokenizer.decode(text)}")
+        print(f"{SEPARATOR}\n{prompt}{tokenizer.decode(text)}")
     return sum(len(text) for text in texts)
 
 
 def main(s: Settings) -> None:
     device = pick_device(s.device)
     model, tokenizer, source = open_model(s, device)
-    prompt = read_prompt(s, tokenizer)
+    prompts = read_prompts(s, tokenizer)
     if s.compile:
         model = CompiledDecoder(model)
     elif device.type == "cpu":
@@ -305,7 +318,11 @@ def main(s: Settings) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     start = time.perf_counter()
-    n_tokens = write(model, tokenizer, prompt, s)
+    n_tokens = 0
+    for i, prompt in enumerate(prompts):
+        if i > 0:
+            print(SEPARATOR)
+        n_tokens += write(model, tokenizer, prompt, s)
     seconds = time.perf_counter() - start
     print(
         f"{source}; {n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s",
@@ -314,4 +331,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__)
+    run_script(main, Settings, __doc__, positional="prompt")

@@ -203,14 +203,14 @@ def is_colored() -> bool:
 
 def show_texts(model: MiniGPT, tokenizer: Tokenizer, s: Settings) -> None:
     """Generate the texts that s asks for and print them, coloured in a terminal."""
-    prompt = sample.read_prompt(s, tokenizer)
-    ids = tokenizer.encode(prompt)
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-    for i, new in enumerate(generate_texts(model, tokenizer, ids, s)):
-        if i > 0:
-            print("---------------")
-        show_text(model, tokenizer, prompt, new, s.alternatives)
+    separator = ""
+    for prompt in sample.read_prompts(s, tokenizer):
+        for new in generate_texts(model, tokenizer, tokenizer.encode(prompt), s):
+            print(separator, end="")
+            separator = f"{sample.SEPARATOR}\n"
+            show_text(model, tokenizer, prompt, new, s.alternatives)
     if is_colored():
         legend = [paint(f" from {low:.0%} ", low) for low, _ in COLORS]
         print("the model's probability:", *legend, file=sys.stderr)
@@ -328,7 +328,10 @@ def write_page(model: MiniGPT, tokenizer: Tokenizer, source: str, s: Settings, p
 
     Raises UserError for a prompt longer than block_size or PAGE_TOKENS.
     """
-    ids = tokenizer.encode(sample.read_prompt(s, tokenizer))
+    prompts = sample.read_prompts(s, tokenizer)
+    if len(prompts) > 1:
+        raise UserError("a page has one prompt: give --prompt once")
+    ids = tokenizer.encode(prompts[0])
     longest = min(PAGE_TOKENS, model.config.block_size)
     check_length(ids, longest)
     s = replace(s, num_samples=1, max_new_tokens=min(s.max_new_tokens, longest - len(ids)))

@@ -88,10 +88,10 @@ def read_settings(
     configs = words
     if positional is not None:
         configs = []
-        if len(words) > 1 or (words and positional in flags):
+        is_list = get_origin(kind_of(known[positional])) is list
+        if (len(words) > 1 and not is_list) or (words and positional in flags):
             raise UserError(f"unexpected argument {words[-1]}: --help shows the usage")
         if words:
-            is_list = get_origin(kind_of(known[positional])) is list
             flags[positional] = words if is_list else words[0]
 
     values = {name: f.default for name, f in known.items()}

@@ -66,7 +66,7 @@ def test_the_text_is_that_of_sample_and_coloured_in_terminals_only(
     terminal(is_terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
     capsys.readouterr()
-    options = {"prompt": "To be", "max_new_tokens": 30, "device": "cpu", "top_k": 5}
+    options = {"prompt": ["To be"], "max_new_tokens": 30, "device": "cpu", "top_k": 5}
     options |= {"repetition_penalty": 1.2, "num_samples": 2}
     sample.main(sample.Settings(**options))
     plain = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_the_probability_shown_is_the_models_whatever_is_drawn_from(capsys, term
     model = random_model()
     tokenizer = CharTokenizer(map(chr, range(60, 125)))
     options = {"max_new_tokens": 13, "temperature": 0.5, "top_k": 3, "repetition_penalty": 1.5}
-    out = show(model, tokenizer, capsys, prompt="ABC", alternatives=2, **options).out
+    out = show(model, tokenizer, capsys, prompt=["ABC"], alternatives=2, **options).out
     text, lines = out.split("\n\n")
     lines = lines.splitlines()[1:]
     probs = model(torch.tensor([tokenizer.encode(text)]))[0][0].softmax(-1)  # (16, vocab_size)
@@ -115,7 +115,7 @@ def test_a_character_of_several_tokens_is_shown_whole(capsys, terminal, monkeypa
     snow = list("☃é".encode())
     monkeypatch.setattr(sample, "generate", lambda *args, **options: torch.tensor([[120, *snow]]))
     model = random_model(vocab_size=256)
-    options = {"prompt": "x", "max_new_tokens": 5, "alternatives": 1}
+    options = {"prompt": ["x"], "max_new_tokens": 5, "alternatives": 1}
     shown = show(model, ByteTokenizer(), capsys, **options)
     assert uncolored(shown.out).startswith("x☃é\n")
     assert "'\\xe2'" in shown.out
@@ -126,7 +126,7 @@ def test_the_end_of_text_ends_it(capsys, terminal):
     terminal(False)
     model = random_model()
     tokenizer = CharTokenizer(map(chr, range(60, 125)))
-    options = {"max_new_tokens": 9, "temperature": 0.0, "repetition_penalty": 2.0, "prompt": "A"}
+    options = {"max_new_tokens": 9, "temperature": 0.0, "repetition_penalty": 2.0, "prompt": ["A"]}
     free = show(model, tokenizer, capsys, **options).out.strip("\n")
     tokenizer.eos_token = tokenizer.encode(free[4])[0]
     ended = show(model, tokenizer, capsys, **options).out
@@ -233,7 +233,7 @@ def test_weights_of_a_folder_can_be_looked_into(tmp_path, capsys, terminal):
     terminal(False)
     tokenizer = train_bpe(["to be or not to be, that is the question"] * 3, 270)
     save_pretrained(random_model(vocab_size=270), tmp_path, tokenizer)
-    options = {"prompt": "to be", "max_new_tokens": 3, "alternatives": 1, "device": "cpu"}
+    options = {"prompt": ["to be"], "max_new_tokens": 3, "alternatives": 1, "device": "cpu"}
     look.main(look.Settings(init_from=str(tmp_path), **options))
     assert len(re.findall(r"%$", capsys.readouterr().out, re.MULTILINE)) == 3
 
@@ -246,6 +246,6 @@ def test_a_mistake_in_the_model_shows_its_traceback(train, monkeypatch):
 
     monkeypatch.setattr(MiniGPT, "forward", broken)
     monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
-    for settings in (look.Settings(prompt="To"), look.Settings(attention="To")):
+    for settings in (look.Settings(prompt=["To"]), look.Settings(attention="To")):
         with pytest.raises(RuntimeError, match="a mistake"):
             look.main(settings)

@@ -59,7 +59,7 @@ def open_page(browser, tmp_path):
 
     def open_page(model, prompt, new=0):
         path = tmp_path / "look.html"
-        s = look.Settings(prompt=prompt, max_new_tokens=new)
+        s = look.Settings(prompt=[prompt], max_new_tokens=new)
         look.write_page(model, ByteTokenizer(), "a model", s, path)
         browser.get_log("performance")
         browser.get_log("browser")

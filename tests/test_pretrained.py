@@ -574,7 +574,7 @@ def test_a_round_trip_writes_the_same_text(run_to_finetune, capsys, warnings):
     """Train, save, load in transformers: the same greedy text, token for token; and read again, the same bits."""
     capsys.readouterr()
     prompt = "To"
-    options = {"prompt": prompt, "max_new_tokens": 14, "temperature": 0.0, "device": "cpu"}
+    options = {"prompt": [prompt], "max_new_tokens": 14, "temperature": 0.0, "device": "cpu"}
     sample.main(sample.Settings(**options))
     text = capsys.readouterr().out
     assert text.startswith(prompt) and len(text) == len(prompt) + 14 + 1

@@ -150,7 +150,7 @@ def test_a_seed_fixes_the_text_and_samples_differ(train, capsys):
 def test_mistakes_in_sampling_are_one_line(train):
     train()
     with pytest.raises(UserError, match="the prompt is empty"):
-        sample.main(sample.Settings(prompt=""))
+        sample.main(sample.Settings(prompt=[""]))
     with pytest.raises(UserError, match=r"no checkpoint nowhere.best\.pt"):
         sample.main(sample.Settings(out_dir="nowhere"))
     with pytest.raises(UserError, match="top_p=0: expected a number from"):
@@ -171,7 +171,7 @@ def test_text_is_streamed_without_broken_characters(train, monkeypatch):
         written.append("".join(map(str, text)))
 
     monkeypatch.setattr("builtins.print", note)
-    sample.main(sample.Settings(prompt="☃", max_new_tokens=30, temperature=0.0, device="cpu"))
+    sample.main(sample.Settings(prompt=["☃"], max_new_tokens=30, temperature=0.0, device="cpu"))
     assert "".join(written).startswith("☃" * 11)
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(written)
 

@@ -39,6 +39,11 @@ def test_prepare_train_and_sample(call):
     again = call(*sample, "--prompt_file=prompt.txt", "--temperature=0")
     assert again.stdout == done.stdout
 
+    both = call(*sample, "Whether 'tis", "--temperature=0", "be")
+    assert both.stdout.startswith(f"{done.stdout}---------------\nbe")
+    told = call(*sample, r"--prompt=the\n")
+    assert "a line break comes from --prompt_file" in told.stderr
+
     assert "'☃' (U+2603)" in fails(call(*sample, "--prompt=the ☃"))
 
 
