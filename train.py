@@ -460,6 +460,7 @@ def main(s: Settings) -> None:
     log_step = step
     log_time = time.perf_counter()  # moved on by pauses, so that it counts training only
     eval_seconds = 0.0
+    fastest = 0.0  # tokens per second
     not_finite = 0  # log lines in a row
     skipped = torch.zeros((), device=device)
     max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
@@ -552,6 +553,9 @@ def main(s: Settings) -> None:
             tokens_per_sec = tokens_per_step / step_seconds
             flops_per_sec = tokens_per_sec * model.flops_per_token() / ranks.size
             note = time_left(step, s, step_seconds, eval_seconds)
+            fastest = max(fastest, tokens_per_sec)
+            if device.type == "cpu" and tokens_per_sec < fastest / 2:
+                note += " | slowed down: if the cores are shared, set OMP_WAIT_POLICY=passive"
             if skipped > 0:
                 note += f" | {int(skipped)} skipped: gradient not finite"
             run.log(
