@@ -35,7 +35,7 @@ import numpy as np
 from support.bpe import train_bpe
 from support.checkpoint import lock, write_json
 from support.dataset import DATA, is_plain_name
-from support.pretrained import load_pretrained_tokenizer
+from support.pretrained import find_tokenizer
 from support.settings import UserError, run_script, setting
 from support.sources import BUILT_IN, CHUNK_CHARS, Pieces, Source, find_sources, read_all
 from support.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -51,7 +51,8 @@ class Settings:
     name: str = setting("", "name of the dataset: data/NAME is written")
     input: str = setting("", "your text: a file, a folder, a pattern in quotes or hf:OWNER/DATASET")
     tokenizer: str = setting(
-        "char", "char, byte, gpt2 or another of tiktoken's, bpe:4096 (learned), a model's folder"
+        "char",
+        "char, byte, bpe:4096 (learned), gpt2 or another of tiktoken's, a run's or model's folder",
     )
     val_share: float = setting(0.1, "share of the text for validation", 0.001, 0.9)
 
@@ -61,13 +62,7 @@ def open_tokenizer(name: str) -> Tokenizer | None:
     is_bpe = re.fullmatch(r"bpe:\d+", name) and int(name.removeprefix("bpe:")) > 256
     if name == "char" or is_bpe:
         return None
-    file = Path(name) / "tokenizer.json"
-    if not file.is_file():
-        return load_tokenizer({"tokenizer": name})
-    tokenizer = load_pretrained_tokenizer(name)
-    if tokenizer is None:
-        raise UserError(f"{file} is not a tokenizer that this program can read, or not the model's")
-    return tokenizer
+    return find_tokenizer(name)
 
 
 def survey(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | None]:

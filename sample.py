@@ -215,11 +215,11 @@ def load_model(
 def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, str]:
     """(model on device, tokenizer, a line on what they are): a run's or pretrained ones."""
     if s.init_from:
-        model = load_pretrained(s.init_from)
-        tokenizer = load_pretrained_tokenizer(s.init_from)
         source = s.init_from
+        tokenizer = load_pretrained_tokenizer(source)
         if tokenizer is None:
             raise UserError(f"{source} has no tokenizer.json: without it there is no text")
+        model = load_pretrained(source, vocab_size=tokenizer.vocab_size)
     else:
         path = find_checkpoint(s.out_dir, s.checkpoint)
         model, tokenizer, state = load_model(path, device)
@@ -228,6 +228,7 @@ def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, s
     if dtype == "auto":
         dtype = best_dtype(device) if device.type == "cuda" else "float32"
     model = model.to(device, getattr(torch, dtype))
+    tokenizer.special_in_text = True  # who writes <|endoftext|> in a prompt means the token
     return model, tokenizer, f"{source}; {device.type}, {dtype}"
 
 

@@ -322,9 +322,8 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
                 f"give --block_size={model.config.block_size}"
             )
         return model
-    model = load_pretrained(init_from, s.block_size, s.dropout).train()
-    check_same_tokens(init_from, model.config.vocab_size, meta)
-    return model
+    check_same_tokens(init_from, meta)
+    return load_pretrained(init_from, s.block_size, s.dropout, meta["vocab_size"]).train()
 
 
 def checkpoint_state(

@@ -24,11 +24,12 @@ class Settings:
 def main(s: Settings) -> None:
     path = find_checkpoint(s.out_dir, s.checkpoint)
     model, tokenizer, state = load_model(path)
-    folder = Path(s.folder or f"{s.out_dir}/pretrained")
+    folder = s.folder
+    if not folder:
+        folder = Path(s.out_dir, "pretrained")
     save_pretrained(model, folder, tokenizer)
-    print(
-        f'{folder}: {path} of step {state["step"]}, for transformers.GPT2LMHeadModel.from_pretrained("{folder}")'
-    )
+    print(f"{folder}: {path} of step {state['step']}; to load it:")
+    print(f'transformers.GPT2LMHeadModel.from_pretrained("{folder}")')
 
 
 if __name__ == "__main__":

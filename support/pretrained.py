@@ -1,32 +1,30 @@
 """GPT-2's weights and tokenizers in and out, in the layout of the Hugging Face hub.
 
-A model folder has config.json (the sizes), model.safetensors or its shards (the weights), tokenizer.json and
-tokenizer_config.json. MiniGPT's parameters have the released names, but GPT-2's matrices are stored transposed,
-(in, out), and its token embedding has no padding.
+A model folder has config.json (the sizes), model.safetensors or its shards (the weights),
+tokenizer.json and tokenizer_config.json. MiniGPT's parameters have the released names, but GPT-2's
+matrices are stored transposed, (in, out), and its token embedding has no padding.
 """
 
 import json
 import operator
 import re
-import shutil
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 
 from model import GPTConfig, MiniGPT
-from support.checkpoint import write_json
+from support.checkpoint import find_checkpoint, read_checkpoint, write_atomically, write_json
 from support.settings import UserError, optional, user_error
 from support.tokenizer import (
+    BYTE_LEVEL,
     END_OF_TEXT,
-    GPT2_PATTERN,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    HFTokenizer,
     Tokenizer,
     load_tokenizer,
 )
@@ -39,17 +37,17 @@ FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
 )
-SIZES = (
-    "vocab_size",
-    "n_layer",
-    "n_head",
-    "n_embd",
-)  # as GPTConfig and config.json call them, in GPTConfig's order
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# What MiniGPT is, in the names of transformers' GPT2Config, whose defaults these are
-ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-ARCHITECTURE |= dict.fromkeys(("scale_attn_weights", "tie_word_embeddings"), True)
-ARCHITECTURE |= dict.fromkeys(("scale_attn_by_inverse_layer_idx", "add_cross_attention"), False)
+# what MiniGPT is, in the names of transformers' GPT2Config, whose defaults these are
+ARCHITECTURE = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,229 +56,351 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_folder(name_or_path: str | Path) -> tuple[Path, GPTConfig]:
-    """The folder for a path, or for a name in HUB (downloaded unless the hub's cache has it), and the sizes in its
-    config.json. Raises UserError if it is missing, damaged or of another architecture."""
+    """(folder, the sizes in its config.json) of a folder or a name in HUB.
+
+    A name is downloaded unless the hub's cache has it. Raises UserError for a folder that is
+    missing, damaged or of another architecture.
+    """
     folder = Path(name_or_path)
     if name_or_path in HUB and not folder.is_dir():
         hub = optional("huggingface_hub")
-        with user_error(
-            f"{name_or_path} can't be downloaded", Exception, advice="give its folder instead"
-        ):
-            folder = Path(
-                hub.snapshot_download(
-                    f"openai-community/{name_or_path}", allow_patterns=list(FILES)
-                )
-            )
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"no {folder / 'config.json'}: expected {', '.join(HUB)}, or a folder with it and the weights"
-        )
-    hf_config = read_json(folder / "config.json")
-    with user_error(
-        f"{folder / 'config.json'} has sizes that no GPT-2 can have",
-        KeyError,
-        TypeError,
-        ValueError,
-    ):
+        problem = f"{name_or_path} can't be downloaded"
+        with user_error(problem, Exception, advice="give its folder instead"):
+            repository = f"openai-community/{name_or_path}"
+            folder = Path(hub.snapshot_download(repository, allow_patterns=list(FILES)))
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no {path}: expected {', '.join(HUB)}, or a folder with it and weights")
+    hf_config = read_json(path)
+    problem = f"{path} has sizes that no GPT-2 can have"
+    with user_error(problem, KeyError, TypeError, ValueError):
         config = GPTConfig(
-            *(operator.index(hf_config[name]) for name in ("n_positions", *SIZES)), bias=True
+            block_size=operator.index(hf_config["n_positions"]),
+            vocab_size=operator.index(hf_config["vocab_size"]),
+            n_layer=operator.index(hf_config["n_layer"]),
+            n_head=operator.index(hf_config["n_head"]),
+            n_embd=operator.index(hf_config["n_embd"]),
+            bias=True,
         )
-    for name, value in {**ARCHITECTURE, "n_inner": 4 * config.n_embd}.items():
-        if hf_config.get(name) not in (
-            None,
-            value,
-            {"gelu_new": "gelu_pytorch_tanh"}.get(value),
-        ):  # the same formula
+    if hf_config.get("activation_function") == "gelu_pytorch_tanh":
+        hf_config["activation_function"] = "gelu_new"  # the same formula
+    expected = {**ARCHITECTURE, "n_inner": 4 * config.n_embd}
+    for name, value in expected.items():
+        if hf_config.get(name) not in (None, value):
             raise UserError(
                 f"{folder} is of another architecture: {name} {hf_config[name]!r}, not {value!r}"
             )
     return folder, config
 
 
-def open_weights(folder: Path, config: GPTConfig) -> dict[str, Any]:
-    """{parameter's name: tensor, read when indexed by [...]} of a folder's weights. Raises UserError where they can't
-    be read, or don't have the sizes of config.json."""
-    safetensors = optional("safetensors")
-    index, shards, weights = folder / "model.safetensors.index.json", {"": "model.safetensors"}, {}
-    if not (folder / "model.safetensors").exists():
-        if not index.exists():
-            raise UserError(
-                f"{folder} has no {index.name}; if it has a pickle (.bin), let transformers save it again"
-            )
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or any(
-            Path(str(name)).name != name for name in shards.values()
+def gpt2_shapes(config: GPTConfig) -> dict[str, list[int]]:
+    """{name: shape} of the weights in the files of a GPT-2 of these sizes."""
+    C = config.n_embd
+    shapes = {"wte.weight": [config.vocab_size, C], "wpe.weight": [config.block_size, C]}
+    for layer in range(config.n_layer):
+        block = f"h.{layer}."
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{block}{norm}.weight": [C], f"{block}{norm}.bias": [C]}
+        for linear, n_in, n_out in (
+            ("attn.c_attn", C, 3 * C),
+            ("attn.c_proj", C, C),
+            ("mlp.c_fc", C, 4 * C),
+            ("mlp.c_proj", 4 * C, C),
         ):
-            raise UserError(f"{index} does not name files in its folder")
-    for name in set(shards.values()):
-        with user_error(f"{folder / name} can't be read", OSError, safetensors.SafetensorError):
-            file = safetensors.safe_open(folder / name, framework="pt")
-            for key in file.keys():  # noqa: SIM118
-                if not key.endswith(
-                    (".attn.bias", ".attn.masked_bias")
-                ):  # the causal masks in older files
-                    weights[key.removeprefix("transformer.")] = file.get_slice(key)
-    # Compared before a model is built, which would be as large as config.json says.
-    expected = {
-        "wte.weight": [config.vocab_size, config.n_embd],
-        "wpe.weight": [config.block_size, config.n_embd],
-    }
-    found, last = (
-        {name: weights[name].get_shape() for name in expected if name in weights},
-        f"h.{config.n_layer - 1}.",
-    )
-    if expected | found != expected or not any(name.startswith(last) for name in weights):
-        raise UserError(
-            f"{folder}: its config.json asks for {expected} and {last}*, its weights have others"
-        )
-    return weights
+            shapes |= {f"{block}{linear}.weight": [n_in, n_out], f"{block}{linear}.bias": [n_out]}
+    return shapes | {"ln_f.weight": [C], "ln_f.bias": [C]}
 
 
 def as_in_file(name: str, p: torch.Tensor, config: GPTConfig) -> torch.Tensor:
-    """A parameter, or the part of it that GPT-2's files have, as they have it: a view without gradient."""
-    p = p.detach()[: config.vocab_size] if name == "wte.weight" else p.detach()
-    return p.transpose(0, -1) if name.endswith(TRANSPOSED) else p
+    """The part of a parameter that GPT-2's files have, as they have it: a view, no gradient."""
+    p = p.detach()
+    if name == "wte.weight":
+        p = p[: config.vocab_size]
+    if name.endswith(TRANSPOSED):
+        p = p.transpose(0, -1)
+    return p
 
 
-def load_pretrained(
-    name_or_path: str | Path, block_size: int | None = None, dropout: float = 0.0
-) -> MiniGPT:
-    """A MiniGPT in eval mode, in float32 on the CPU, from "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" or from a
-    model folder. A block_size that is shorter than the model's crops its positions.
+def check_is_gpt2(model: MiniGPT) -> None:
+    """Raise UserError where the parameters are not GPT-2's, as in a changed model.py.
 
-    Raises UserError where there is no such model, or where it is damaged or of another architecture.
+    Without bias in the config, the biases may be missing: they are zero.
     """
-    folder, config = open_folder(name_or_path)
-    weights = open_weights(folder, config)
-    if block_size and block_size > config.block_size:
-        raise UserError(
-            f"{folder} has positions for {config.block_size} tokens: that is the largest --block_size"
-        )
-    model = MiniGPT(replace(config, block_size=block_size or config.block_size, dropout=dropout))
-    parameters = dict(model.named_parameters())
+    config = model.config
+    expected = gpt2_shapes(config)
+    here = {name: list(as_in_file(name, p, config).shape) for name, p in model.named_parameters()}
+    for name in here | expected:
+        if name not in here and name.endswith("bias") and not config.bias:
+            continue
+        if here.get(name) != expected.get(name):
+            raise UserError(
+                f"this model is not a GPT-2, for which the folder is: {name} is {here.get(name)} "
+                f"here and {expected.get(name)} there"
+            )
+
+
+def open_weights(folder: Path, config: GPTConfig) -> dict[str, Any]:
+    """{name: weight, which is read when it is indexed by [...]} of a model folder.
+
+    Raises UserError where they can't be read or are not those of a GPT-2 of these sizes.
+    """
+    weights = {}
+    safetensors = optional("safetensors")
+    for name in weight_files(folder):
+        with user_error(f"{folder / name} can't be read", OSError, safetensors.SafetensorError):
+            file = safetensors.safe_open(folder / name, framework="pt")
+            for key in file.keys():  # noqa: SIM118
+                # the causal masks in older files are no weights
+                if not key.endswith((".attn.bias", ".attn.masked_bias")):
+                    weights[key.removeprefix("transformer.")] = file.get_slice(key)
     head = weights.pop("lm_head.weight", None)
-    if different := sorted(parameters.keys() ^ weights.keys()):
-        raise UserError(f"{folder} does not fit MiniGPT: only one of them has {different[0]}")
+    # compared before a model is built, which would be as large as config.json says
+    if config.n_layer > len(weights):
+        raise UserError(
+            f"{folder}: config.json has {config.n_layer} layers, the weights have fewer"
+        )
+    expected = gpt2_shapes(config)
+    for name in expected | weights:
+        if name not in weights or name not in expected:
+            raise UserError(f"{folder} does not fit MiniGPT: only one of them has {name}")
+        shape = weights[name].get_shape()
+        if shape != expected[name]:
+            raise UserError(
+                f"{folder}: {name} has the shape {shape}, by config.json {expected[name]}"
+            )
     if head is not None and not torch.equal(head[...], weights["wte.weight"][...]):
         raise UserError(
             f"{folder} is of another architecture: its lm_head is not its token embedding"
         )
-    model.wte.weight.detach()[model.config.vocab_size :] = 0  # the padding
-    for name, p in parameters.items():
-        p = as_in_file(name, p, model.config)
-        weight = weights[name][: len(p)] if name == "wpe.weight" else weights[name][...]
-        if weight.shape != p.shape:
-            raise UserError(
-                f"{folder}: {name} has the shape {list(weight.shape)}, not {list(p.shape)}"
-            )
-        if not (weight.is_floating_point() and weight.float().isfinite().all()):
-            raise UserError(f"{folder}: {name} has values that are not finite numbers")
-        p.copy_(weight)
+    return weights
+
+
+def weight_files(folder: Path) -> set[str]:
+    """The names of a model folder's files of weights."""
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise UserError(
+            f"{folder} has no {index.name}; if it has a pickle (.bin), "
+            "let transformers save it again"
+        )
+    shards = read_json(index).get("weight_map")
+    if isinstance(shards, dict):
+        names = set(map(str, shards.values()))
+        if all(Path(name).name == name and not name.isdigit() for name in names):
+            return names
+    raise UserError(f"{index} does not name files in its folder")
+
+
+def load_pretrained(
+    name_or_path: str | Path,
+    block_size: int | None = None,
+    dropout: float = 0.0,
+    vocab_size: int | None = None,
+) -> MiniGPT:
+    """A MiniGPT in eval mode, in float32 on the CPU, from a name in HUB or a model folder.
+
+    A block_size below the model's crops its positions, and a vocab_size its token embedding, which
+    often has more rows than the tokenizer has tokens. Raises UserError where there is no such
+    model, or where it is damaged or of another architecture.
+    """
+    folder, config = open_folder(name_or_path)
+    weights = open_weights(folder, config)
+    if block_size is None:
+        block_size = config.block_size
+    if vocab_size is None:
+        vocab_size = config.vocab_size
+    if block_size > config.block_size:
+        raise UserError(
+            f"{folder} has positions for {config.block_size} tokens: "
+            f"give --block_size={config.block_size} or less"
+        )
+    if vocab_size > config.vocab_size:
+        raise UserError(f"{folder} has {config.vocab_size} tokens, not {vocab_size}")
+    model = MiniGPT(replace(config, block_size=block_size, vocab_size=vocab_size, dropout=dropout))
+    check_is_gpt2(model)
+    with torch.no_grad():
+        model.wte.weight.zero_()  # the padding too
+        for name, p in model.named_parameters():
+            p = as_in_file(name, p, model.config)
+            weight = weights[name][...]
+            if not (weight.is_floating_point() and weight.float().isfinite().all()):
+                raise UserError(f"{folder}: {name} has values that are not finite numbers")
+            p.copy_(weight[: len(p)])
     return model.eval()
 
 
 def load_pretrained_tokenizer(name_or_path: str | Path) -> Tokenizer | None:
-    """The tokenizer of a name or folder as in load_pretrained; None if it is missing or from_fast does not know it."""
-    (folder, config), tokenizer = open_folder(name_or_path), None
-    if (folder / "tokenizer.json").exists():
-        with suppress(
-            LookupError, TypeError, AttributeError, ValueError, OverflowError
-        ):  # it may hold anything
-            tokenizer = from_fast(read_json(folder / "tokenizer.json"))
+    """The tokenizer of a name or folder as in load_pretrained, or None.
+
+    Raises UserError where it is damaged or has more tokens than the model.
+    """
+    folder, config = open_folder(name_or_path)
+    path = folder / "tokenizer.json"
+    tokenizer = None
+    if path.exists():
+        tokenizer = read_tokenizer(path)
     elif config.vocab_size == 50257:
         tokenizer = load_tokenizer({"tokenizer": "gpt2"})
-    return tokenizer if tokenizer and tokenizer.vocab_size == config.vocab_size else None
-
-
-def check_same_tokens(name: str, vocab_size: int, dataset_meta: dict[str, Any]) -> None:
-    """Raise UserError unless the token ids of a dataset are those that the weights called name were trained with."""
-    ours, theirs = load_tokenizer(dataset_meta), None
-    with suppress(UserError):  # without theirs, only the number of tokens is compared
-        theirs = load_pretrained_tokenizer(name)
-    same = ours.vocab_size == vocab_size
-    if not same or (
-        theirs
-        and any(ours.decode_bytes([i]) != theirs.decode_bytes([i]) for i in range(vocab_size))
-    ):
-        source, kind = f"data/{dataset_meta['dataset']}", "gpt2" if vocab_size == 50257 else name
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{source} has other tokens than {name}: prepare it with --tokenizer={kind}"
+            f"{path} has {tokenizer.vocab_size} tokens, but the model only {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> HFTokenizer:
+    """The tokenizer in a tokenizer.json; tokenizer_config.json beside it names its end of text."""
+    options = {}
+    if path.with_name("tokenizer_config.json").exists():
+        options = read_json(path.with_name("tokenizer_config.json"))
+    eos = options.get("eos_token")
+    if isinstance(eos, dict):
+        eos = eos.get("content")
+    if not isinstance(eos, str):
+        eos = END_OF_TEXT
+    with user_error(f"{path} can't be read", OSError, UnicodeDecodeError):
+        contents = path.read_text(encoding="utf-8")
+    return HFTokenizer(contents, eos)
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called name, or that of a run or of a model folder at this path."""
+    path = Path(name)
+    if path.is_file() or (path / "last.pt").is_file():
+        return load_tokenizer(read_checkpoint(find_checkpoint(name))["tokenizer"])
+    if (path / "tokenizer.json").is_file():
+        return read_tokenizer(path / "tokenizer.json")
+    return load_tokenizer({"tokenizer": name})
+
+
+def check_same_tokens(name: str, dataset_meta: dict[str, Any]) -> None:
+    """Raise UserError unless a dataset has the token ids that the weights called name know."""
+    ours = load_tokenizer(dataset_meta)
+    _, config = open_folder(name)
+    theirs = load_pretrained_tokenizer(name)
+    same = ours.vocab_size == config.vocab_size
+    if theirs is not None:
+        same = ours.vocab_size == theirs.vocab_size and all(
+            ours.decode_bytes([i]) == theirs.decode_bytes([i]) for i in range(ours.vocab_size)
+        )
+    if not same:
+        tokenizer = name
+        if theirs is None or name in HUB:
+            tokenizer = "gpt2"
+        raise UserError(
+            f"data/{dataset_meta['dataset']} has other tokens than {name}: "
+            f"prepare it with --tokenizer={tokenizer}"
         )
 
 
 def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write model, and its tokenizer if given, to folder, for transformers' GPT2LMHeadModel and AutoTokenizer.
+    """Write model, and its tokenizer if given, for transformers' GPT2LMHeadModel, AutoTokenizer.
 
-    config.json is written last: without it a folder is not a model's. Raises UserError where writing fails.
+    config.json is written last: without it a folder is not a model's. Raises UserError where
+    writing fails or the model has parameters that GPT-2 has not.
     """
-    save_file, config, folder = optional("safetensors.torch").save_file, model.config, Path(folder)
-    if tokenizer and tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"a tokenizer of {tokenizer.vocab_size} tokens for a model of {config.vocab_size}"
-        )
+    safetensors = optional("safetensors.torch")
+    folder = Path(folder)
+    config = model.config
+    check_is_gpt2(model)
     weights = {}
     for name, p in model.named_parameters():
         weights[f"transformer.{name}"] = as_in_file(name, p, config).cpu().contiguous()
-        if (
-            not config.bias and name.endswith("weight") and not name.startswith(("wte", "wpe"))
-        ):  # GPT-2 always has one
-            weights[f"transformer.{name.removesuffix('weight')}bias"] = torch.zeros(
-                len(p), dtype=p.dtype
-            )
+    for name, shape in gpt2_shapes(config).items():  # GPT-2 always has biases
+        dtype = model.wte.weight.dtype
+        weights.setdefault(f"transformer.{name}", torch.zeros(shape, dtype=dtype))
 
-    eos_token = tokenizer and tokenizer.eos_token
-    hf_config = (
-        ARCHITECTURE
-        | {name: getattr(config, name) for name in SIZES}
-        | {"n_positions": config.block_size}
-    )
-    hf_config |= {
-        "architectures": ["GPT2LMHeadModel"],
-        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
-    }
-    hf_config |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-    hf_config |= dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token)
-    contents = {"config.json": hf_config}
-    if tokenizer:
+    eos_token = None
+    files = {}
+    if tokenizer is not None:
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"a tokenizer of {tokenizer.vocab_size} tokens for a model of {config.vocab_size}"
+            )
+        eos_token = tokenizer.eos_token
         options = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.block_size,
+            "clean_up_tokenization_spaces": False,
         }
-        options |= {} if eos_token is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-        options["clean_up_tokenization_spaces"] = False
-        contents = {
-            "tokenizer.json": to_fast(tokenizer),
-            "tokenizer_config.json": options,
-        } | contents
-    with user_error(f"{folder} can't be written", OSError, optional("safetensors").SafetensorError):
+        if eos_token is not None:
+            options["bos_token"] = tokenizer.decode([eos_token])
+            options["eos_token"] = tokenizer.decode([eos_token])
+        files["tokenizer.json"] = json.loads(to_hf(tokenizer).to_str())
+        files["tokenizer_config.json"] = options
+    files["config.json"] = ARCHITECTURE | {
+        "architectures": ["GPT2LMHeadModel"],
+        "dtype": str(model.wte.weight.dtype).removeprefix("torch."),
+        "n_positions": config.block_size,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "bos_token_id": eos_token,
+        "eos_token_id": eos_token,
+    }
+    data = safetensors.save(weights, metadata={"format": "pt"})
+    with user_error(f"{folder} can't be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in contents.items():
+        write_atomically(folder / "model.safetensors", lambda file: file.write(data))
+        for name, content in files.items():
             write_json(folder / name, content)
-        shutil.copymode(
-            folder / "config.json", folder / "model.safetensors"
-        )  # safetensors makes it the owner's only
 
 
-# Tokenizers, as the tokenizer.json of the package tokenizers. There a byte is written as a character: those that are
-# printable in Latin-1 as themselves, the others, in their order, as U+0100 and what follows (Radford et al. 2019).
+def to_hf(tokenizer: Tokenizer) -> Any:
+    """tokenizer as a Tokenizer of the package tokenizers.
 
-UNPRINTABLE = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
-TO_CHAR = [chr(0x100 + UNPRINTABLE.index(b) if b in UNPRINTABLE else b) for b in range(256)]
-TO_BYTE = {char: b for b, char in enumerate(TO_CHAR)}
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
+    Raises UserError for a kind that has no such form.
+    """
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.tokenizer
+    package = optional("tokenizers")
+    if isinstance(tokenizer, CharTokenizer):
+        vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+        result = package.Tokenizer(package.models.BPE(vocab, []))
+        result.decoder = package.decoders.Fuse()
+        return result
+    split_bytes = package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if type(tokenizer) is ByteTokenizer:
+        result = package.Tokenizer(package.models.BPE(BYTE_LEVEL, []))
+        result.pre_tokenizer = split_bytes
+    elif isinstance(tokenizer, BPETokenizer):
+        chars = {byte: char for char, byte in BYTE_LEVEL.items()}
+        vocab = {}
+        for token, rank in tokenizer.ranks.items():
+            vocab["".join(chars[byte] for byte in token)] = rank
+        result = package.Tokenizer(package.models.BPE(vocab, merges(vocab)))
+        # In tiktoken x{1,3}+ is possessive; in tokenizers it would repeat x{1,3}.
+        pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
+        split = package.pre_tokenizers.Split(package.Regex(pattern), "isolated")
+        result.pre_tokenizer = package.pre_tokenizers.Sequence([split, split_bytes])
+    else:
+        raise UserError(
+            f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it"
+        )
+    result.decoder = package.decoders.ByteLevel()
+    for token in tokenizer.special_tokens:
+        result.add_special_tokens([package.AddedToken(token, special=True, normalized=False)])
+        if result.token_to_id(token) != tokenizer.special_ids[token]:  # it takes the next free id
+            raise UserError(
+                f"no tokenizer.json can give {token} its id: save the model without its tokenizer"
+            )
+    return result
 
 
-def merges(vocab: dict[str, int]) -> list[str]:
-    """The pair that makes each token of {token: id}, as "left right": the two parts left when its characters are merged
-    in the order of ids, as tiktoken does. Raises UserError where there is none."""
+def merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """The pair that makes each token of {token: id}, in the order of ids.
+
+    It is what is left when the token's characters are merged in that order, as tiktoken does.
+    Raises UserError where it is no pair.
+    """
     pairs = []
     for token, i in sorted(vocab.items(), key=lambda item: item[1]):
         parts = list(token)
@@ -289,83 +409,10 @@ def merges(vocab: dict[str, int]) -> list[str]:
             n = ids.index(min(ids))
             if ids[n] >= i:
                 raise UserError(
-                    f"no tokenizer.json can hold this tokenizer: {token} is not a pair of earlier tokens"
+                    f"no tokenizer.json can hold this tokenizer: "
+                    f"{token} is not a pair of earlier tokens"
                 )
             parts[n : n + 2] = [parts[n] + parts[n + 1]]
         if len(parts) == 2:
-            pairs.append(" ".join(parts))
+            pairs.append((parts[0], parts[1]))
     return pairs
-
-
-def to_fast(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer as the contents of tokenizer.json. Raises UserError for a kind that has no such form."""
-    vocab, special, pairs, splits, decoder = TO_BYTE, {}, [], BYTE_LEVEL, BYTE_LEVEL
-    if isinstance(tokenizer, CharTokenizer):
-        vocab, splits, decoder = (
-            {char: i for i, char in enumerate(tokenizer.chars)},
-            None,
-            {"type": "Fuse"},
-        )
-    elif isinstance(tokenizer, BPETokenizer):
-        ranks, special = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
-        vocab = {"".join(TO_CHAR[b] for b in token): rank for token, rank in ranks.items()}
-        pairs = merges(vocab)
-        # In tiktoken x{1,3}+ is possessive; in tokenizers it would repeat x{1,3}.
-        pattern = re.sub(r"(\{\d+(,\d*)?\})\+", r"\1", tokenizer.encoding._pat_str)
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": pattern},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        splits = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
-    elif type(tokenizer) is not ByteTokenizer:
-        raise UserError(
-            f"a {type(tokenizer).__name__} has no form in tokenizer.json: save the model without it"
-        )
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
-        "special": True
-    }
-    added = [
-        {"id": i, "content": token, **flags}
-        for token, i in sorted(special.items(), key=lambda item: item[1])
-    ]
-    fast = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": splits,
-        "decoder": decoder,
-    }
-    return fast | {"model": {"type": "BPE", "vocab": vocab, "merges": pairs}}
-
-
-def from_fast(fast: dict[str, Any]) -> Tokenizer:
-    """The tokenizer in a tokenizer.json's contents. Raises an Exception unless to_fast wrote it or it is GPT-2's."""
-    model, splits = fast["model"], fast["pre_tokenizer"]
-    special = {token["content"]: token["id"] for token in fast["added_tokens"]}
-    vocab = {token: i for token, i in model["vocab"].items() if token not in special}
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    of_gpt2 = splits and {"use_regex": True} | splits == BYTE_LEVEL | {"use_regex": True}
-    tokenizer, ids = None, {*vocab.values(), *special.values()}
-    if splits is None:
-        tokenizer = load_tokenizer(
-            {"tokenizer": "char", "chars": "".join(sorted(vocab, key=vocab.get))}
-        )
-    elif vocab == TO_BYTE and not (of_gpt2 or special):
-        tokenizer = ByteTokenizer()
-    elif TO_BYTE.keys() <= vocab.keys() and len(ids) == len(vocab) + len(special):
-        pattern = GPT2_PATTERN if of_gpt2 else splits["pretokenizers"][0]["pattern"]["Regex"]
-        ranks = {bytes(TO_BYTE[c] for c in token): i for token, i in vocab.items()}
-        encoding = tiktoken.Encoding(
-            "bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
-        tokenizer = BPETokenizer(encoding)
-    ours = to_fast(tokenizer)
-    if (
-        fast["normalizer"]
-        or pairs != ours["model"]["merges"]
-        or not (of_gpt2 or splits == ours["pre_tokenizer"])
-    ):
-        raise ValueError("this program would encode otherwise")
-    return tokenizer

@@ -111,7 +111,7 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = encoding.n_vocab
         self.ranks = encoding._mergeable_ranks  # {token's bytes: id}
         self.special_ids = encoding._special_tokens  # {token: id}
-        self.special_tokens = tuple(self.special_ids)
+        self.special_tokens = tuple(sorted(self.special_ids, key=self.special_ids.get))
         self.eos_token = self.special_ids.get(END_OF_TEXT)
         self.bytes = {i: token for token, i in self.ranks.items()}
         self.bytes |= {i: token.encode("utf-8") for token, i in self.special_ids.items()}

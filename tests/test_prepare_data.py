@@ -143,21 +143,6 @@ def test_a_learned_bpe_is_carried_by_the_dataset(workdir):
     assert tokenizer.decode(tokenizer.encode(UNICODE)) == UNICODE  # every byte is a token
 
 
-def test_a_models_folder_gives_its_tokenizer_which_the_dataset_then_carries(workdir, monkeypatch):
-    Path("model").mkdir()
-    Path("model/tokenizer.json").touch()
-    opened = {"model": train_bpe([TEXT], 300)}
-    monkeypatch.setattr(prepare_data, "load_pretrained_tokenizer", opened.get)
-    prepare("text", "tiny.txt", "model")
-    opened.clear()
-    train, val, meta = open_dataset("text")
-    assert load_tokenizer(meta).decode(train.tolist() + val.tolist()) == TEXT
-    with pytest.raises(
-        UserError, match=r"model.tokenizer.json is not a tokenizer that this program can read"
-    ):
-        prepare("text", "tiny.txt", "model")
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_is_bounded_by_a_chunk_not_by_the_text(workdir):
     with open("large.txt", "w", encoding="utf-8") as file:
