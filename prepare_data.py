@@ -3,14 +3,15 @@
 python prepare_data.py shakespeare        tiny Shakespeare, downloaded, one token per character
 python prepare_data.py python_docs        Python's own reference manual: needs no network
 python prepare_data.py NAME --input PATH --tokenizer=gpt2                    your own text
+python prepare_data.py NAME --input codes.npy --tokenizer=ids:1024           your own token ids
 
 PATH is a file, a folder, a pattern in quotes, or hf:OWNER/DATASET[:CONFIG] for a dataset of the
 Hugging Face hub. Files are text in UTF-8, or with the byte-order mark of UTF-16, gzipped or not;
 .jsonl and .json files have JSON objects with a "text" each, one per line or in an array (which is
-read whole). A document is a text file, an object or a row of the hub; the end-of-text token, if the
-tokenizer has one, separates documents. Up to 100 text files are split by position: the last tenth
-of the characters is for validation. Otherwise a hash of a document's text says to which split it
-goes, so adding documents moves none.
+read whole); --field=NAME takes another key, or a column of a CSV file. A document is a text file,
+an object or a row; the end-of-text token, if the tokenizer has one, separates documents. Up to 100
+text files are split by position: the last tenth of the characters is for validation. Otherwise a
+hash of a document's text says to which split it goes, so adding documents moves none.
 
 Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 if there are more
 than 65,536), and meta.json with the tokenizer. An interrupted preparation leaves the previous
@@ -27,18 +28,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from support.bpe import train_bpe
 from support.checkpoint import lock, write_json
-from support.dataset import DATA, is_plain_name
+from support.dataset import DATA, is_plain_name, token_dtype, write_ids
 from support.pretrained import find_tokenizer
 from support.settings import UserError, run_script, setting
 from support.sources import BUILT_IN, CHUNK_CHARS, Pieces, Source, find_sources, read_all
-from support.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from support.tokenizer import CharTokenizer, IdsTokenizer, Tokenizer, load_tokenizer
 
 BATCH_CHARS = CHUNK_CHARS // 2  # encoded at a time by a thread
 BATCHES_AHEAD = 2 * (os.cpu_count() or 1)  # batches of a split that may wait for a thread
@@ -52,7 +52,12 @@ class Settings:
     input: str = setting("", "your text: a file, a folder, a pattern in quotes or hf:OWNER/DATASET")
     tokenizer: str = setting(
         "char",
-        "char, byte, bpe:4096 (learned), gpt2 or another of tiktoken's, a run's or model's folder",
+        "char, byte, bpe:4096 (learned), gpt2 or another of tiktoken's, a run's or model's folder; "
+        "ids:1024 for token ids in a .npy or a raw file",
+    )
+    field: str = setting("", "where the text is in a JSON object, by default text, or a CSV row")
+    special_tokens: bool = setting(
+        False, "read special tokens in the text, such as <|endoftext|>, as such: if you trust it"
     )
     val_share: float = setting(0.1, "share of the text for validation", 0.001, 0.9)
 
@@ -147,10 +152,12 @@ def write_splits(
     folder: Path,
     pieces: Iterator[tuple[str, bool, str]],
     tokenizer: Tokenizer,
-    dtype: np.dtype,
     workers: int,
 ) -> dict[str, str | int]:
     """Write the tokens of pieces to train.bin and val.bin in folder. Returns digest and counts."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    special = () if tokenizer.special_in_text else tokenizer.special_tokens
+    notes = set()
     local = threading.local()
     digest = hashlib.sha256()
 
@@ -170,8 +177,17 @@ def write_splits(
         for split, starts, text in pieces:
             digest.update(text.encode("utf-8"))
             splits[split].add(starts, text)
+            if "\r\n" in text:
+                notes.add(
+                    r"lines end in \r\n, and the model learns that; sed 's/\r$//' cuts the \r"
+                )
+            for token in special:
+                if token in text:
+                    notes.add(f"{token} in the text is ordinary text without --special_tokens=True")
         train.finish()
         val.finish()
+    for note in sorted(notes):
+        print(f"note: {note}", file=sys.stderr)
     if min(train.n_tokens, val.n_tokens) < 2:
         raise UserError(
             f"{train.n_tokens} training and {val.n_tokens} validation tokens are too few: "
@@ -188,8 +204,30 @@ def write_splits(
     }
 
 
+def replace_dataset(
+    name: str, source: str, tokenizer: Tokenizer, write: Callable[[Path], dict]
+) -> dict:
+    """Replace data/name by what write(folder) writes and describes. Returns the new meta."""
+    folder = DATA / name
+    new = folder / "partial"
+    new.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock"):
+        meta = {"dataset": name, "source": source, **write(new), **tokenizer.meta}
+        write_json(new / "meta.json", meta)  # until it moves, open_dataset refuses the dataset
+        for file in ("train.bin", "val.bin", "meta.json"):
+            os.replace(new / file, folder / file)
+        shutil.rmtree(new)
+    return meta
+
+
 def prepare(
-    name: str, input: str = "", tokenizer: str = "char", val_share: float = 0.1, workers: int = 0
+    name: str,
+    input: str = "",
+    tokenizer: str = "char",
+    val_share: float = 0.1,
+    field: str = "",
+    special_tokens: bool = False,
+    workers: int = 0,
 ) -> dict:
     """Write data/name from input or the built-in text name. Returns its meta.
 
@@ -200,13 +238,21 @@ def prepare(
             "expected a plain name and a text: python prepare_data.py NAME --input PATH "
             f"(only {' and '.join(BUILT_IN)} need no --input)"
         )
+    if re.fullmatch(r"ids:[1-9]\d*", tokenizer):
+        encoder = IdsTokenizer(int(tokenizer.removeprefix("ids:")))
+        write = partial(
+            write_ids, path=Path(input), vocab_size=encoder.vocab_size, val_share=val_share
+        )
+        return replace_dataset(name, input, encoder, write)
+
     encoder = open_tokenizer(tokenizer)  # first: it may have to be downloaded
-    sources = find_sources(name, input)
+    sources = find_sources(name, input, field)
     by_position = len(sources) <= MOST_FILES and all(source.is_document for source in sources)
     if by_position or encoder is None:
         n_chars, learned = survey(sources, tokenizer)
         if encoder is None:
             encoder = learned
+    encoder.special_in_text = special_tokens
     pieces = read_all(sources, "encoding")
     if by_position:
         pieces = split_by_position(pieces, n_chars * round(1e6 * (1 - val_share)) // 10**6)
@@ -214,24 +260,16 @@ def prepare(
         pieces = split_by_hash(pieces, val_share)
 
     source = sources[0].name if len(sources) == 1 else f"{len(sources)} files in {input}"
-    dtype = np.dtype("<u2" if encoder.vocab_size <= 1 << 16 else "<u4")
-    folder = DATA / name
-    partial = folder / "partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "lock"):
-        counts = write_splits(partial, pieces, encoder, dtype, workers or os.cpu_count())
-        meta = {"dataset": name, "source": source, **counts, **encoder.meta}
-        write_json(partial / "meta.json", meta)  # until it moves, open_dataset refuses the dataset
-        for file in ("train.bin", "val.bin", "meta.json"):
-            os.replace(partial / file, folder / file)
-        shutil.rmtree(partial)
-    return meta
+    write = partial(
+        write_splits, pieces=pieces, tokenizer=encoder, workers=workers or os.cpu_count()
+    )
+    return replace_dataset(name, source, encoder, write)
 
 
 def main(s: Settings) -> None:
     # else threads with much to encode wait long for the one that reads: JSON lines +20 %
     sys.setswitchinterval(2e-4)
-    meta = prepare(s.name, s.input, s.tokenizer, s.val_share)
+    meta = prepare(s.name, s.input, s.tokenizer, s.val_share, s.field, s.special_tokens)
     print(
         f"data/{s.name}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
         f"tokens, vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']}), from {meta['source']}"

@@ -1,10 +1,13 @@
 """What prepare_data.py writes to data/NAME, as train.py reads it.
 
 train.bin and val.bin hold token ids, one after the other, as little-endian uint16 or uint32;
-meta.json has the tokenizer, the counts, and the source and sha256 of the text.
+meta.json has the tokenizer, the counts, and the source and sha256 of the text. For token ids of
+your own, a meta.json of {"vocab_size": 1024, "dtype": "uint16"} is enough.
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,8 @@ def is_plain_name(name: str) -> bool:
 def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(training tokens, validation tokens, meta) of data/name; the tokens are memory-mapped, (n,).
 
-    A folder without meta.json is nanoGPT's: GPT-2 tokens as uint16. Raises UserError for damage and
-    for a split of no more than block_size tokens.
+    A folder without meta.json may be nanoGPT's: GPT-2 tokens as uint16. Raises UserError for damage
+    and for a split of no more than block_size tokens.
     """
     folder = DATA / name
     if not is_plain_name(name) or not folder.is_dir():
@@ -58,6 +61,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder / 'meta.pkl'} is a pickle, which is not opened: prepare the text itself again"
         )
     if not path.exists():
+        check_looks_like_gpt2(folder)
         return {
             "dataset": folder.name,
             "source": f"nanoGPT's {folder}",
@@ -69,11 +73,26 @@ def read_meta(folder: Path) -> dict[str, Any]:
     with user_error(f"{path} is damaged", Exception, advice="prepare the dataset again"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         meta["dataset"] = folder.name
+        meta.setdefault("source", str(folder))
+        meta.setdefault("tokenizer", "ids")
         known_dtype = meta["dtype"] in ("uint16", "uint32")
         same_size = meta["vocab_size"] == load_tokenizer(meta).vocab_size
-        if not (known_dtype and same_size and meta["val_bytes"] > 0 and meta["source"]):
+        if not (known_dtype and same_size and meta.get("val_bytes", 1) > 0 and meta["source"]):
             raise ValueError("its entries do not agree")
     return meta
+
+
+def check_looks_like_gpt2(folder: Path) -> None:
+    """Raise UserError unless the folder's name or its ids look like text in GPT-2's tokens."""
+    if folder.name.startswith("openwebtext") or "gpt2" in folder.name:
+        return
+    highest = open_tokens(folder / "train.bin", "uint16")[: 1 << 20].max()
+    if not 30_000 < highest < 50_257:
+        raise UserError(
+            f"{folder} has no meta.json, and its ids, up to {highest}, are not GPT-2's: write "
+            f'{{"vocab_size": {highest + 1}, "dtype": "uint16"}} to {folder / "meta.json"}, '
+            "with the right size"
+        )
 
 
 def open_tokens(path: Path, dtype: str) -> np.ndarray:
@@ -85,3 +104,42 @@ def open_tokens(path: Path, dtype: str) -> np.ndarray:
             f"{path} is missing or has a wrong size ({size:,} bytes): prepare the dataset again"
         )
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that token ids have in a file."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_ids(folder: Path, path: Path, vocab_size: int, val_share: float) -> dict[str, str | int]:
+    """Write the token ids in the file at path, a .npy or raw, to train.bin and val.bin in folder.
+
+    Returns digest and counts. Raises UserError for ids outside the vocabulary.
+    """
+    dtype = token_dtype(vocab_size)
+    if path.suffix == ".npy":
+        with user_error(f"{path} can't be read", OSError, ValueError, EOFError):
+            ids = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+    else:
+        ids = open_tokens(path, dtype.name)
+    if ids.dtype.kind not in "iu" or len(ids) < 4:
+        raise UserError(f"{path} has {len(ids)} values of type {ids.dtype}: expected whole numbers")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UserError(f"{path} has ids from {ids.min()} to {ids.max()}: not within {vocab_size}")
+    n_train = len(ids) - max(2, round(len(ids) * val_share))
+    digest = hashlib.sha256()
+    for split, part in (("train", ids[:n_train]), ("val", ids[n_train:])):
+        with open(folder / f"{split}.bin", "wb") as file:
+            for start in range(0, len(part), 1 << 24):
+                data = part[start : start + (1 << 24)].astype(dtype).tobytes()
+                file.write(data)
+                digest.update(data)
+            file.flush()
+            os.fsync(file.fileno())
+    return {
+        "sha256": digest.hexdigest(),
+        "vocab_size": vocab_size,
+        "dtype": dtype.name,
+        "train_tokens": n_train,
+        "val_tokens": len(ids) - n_train,
+    }

@@ -5,6 +5,7 @@ document may be several pieces.
 """
 
 import codecs
+import csv
 import glob
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ PROGRESS_SECONDS = 5
 # up to the last letter or digit before white space
 WORD_END = re.compile(r".*[^\W_](?=\s)", re.DOTALL)
 JSON = re.compile(r"\.(json|jsonl|ndjson)(\.gz)?$", re.IGNORECASE)
+CSV = re.compile(r"\.(csv|tsv)(\.gz)?$", re.IGNORECASE)
 GZIP_MARK = b"\x1f\x8b"
 # UTF-32's begins with UTF-16's, so it comes first
 BYTE_ORDER_MARKS = {
@@ -38,6 +40,18 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
+}
+
+# how files begin that are no text
+SIGNATURES = {
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a zip archive, as .docx, .xlsx and .epub are",
+    b"\xd0\xcf\x11\xe0": "a document of an old Office program",
+    b"PAR1": "a Parquet file",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"GIF8": "a picture",
+    b"\x93NUMPY": "an array of NumPy: token ids need --tokenizer=ids:N",
 }
 
 Pieces = Iterable[tuple[bool, str]]
@@ -80,39 +94,83 @@ def python_docs() -> tuple[str, str]:
 BUILT_IN = {"shakespeare": shakespeare, "python_docs": python_docs}
 
 
-def find_sources(name: str, input: str) -> list[Source]:
+def find_sources(name: str, input: str, field: str = "") -> list[Source]:
     """What input names: a file, folder, pattern or hf:DATASET; without it the built-in text name.
 
-    Raises UserError where there is nothing.
+    field: of a row in JSON, CSV or a dataset of the hub, where its text is; by default "text". In a
+    folder, files that are no text are skipped and named. Raises UserError where there is nothing.
     """
     if not input:
         source, text = BUILT_IN[name]()
         return [Source(source, lambda: [(True, text)])]
     if input.startswith("hf:"):
-        return [Source(input, partial(read_hub, input), is_document=False)]
+        return [Source(input, partial(read_hub, input, field), is_document=False)]
     sources = []
-    for path in find_files(input):
-        size = path.stat().st_size
-        if JSON.search(path.name):
-            source = Source(str(path), partial(read_json, path), size, is_document=False)
+    skipped = []
+    files = find_files(input)
+    for path in files:
+        kind = kind_of_file(path)
+        if kind and len(files) == 1:
+            raise UserError(f"{path} is no text, it seems to be {kind}: convert it to text first")
+        if kind:
+            skipped.append(f"{path} ({kind})")
         else:
-            source = Source(str(path), partial(read_text, path), size)
-        sources.append(source)
+            sources.append(file_source(path, field))
+    if skipped:
+        names = ", ".join(skipped[:3])
+        if len(skipped) > 3:
+            names += ", ..."
+        print(f"note: skipping {len(skipped)} files that are no text: {names}", file=sys.stderr)
+    if not sources:
+        raise UserError(f"no text in {input}")
     return sources
 
 
 def find_files(input: str) -> list[Path]:
-    """The files that input names, sorted by path, without hidden ones in a folder."""
+    """The files that input names, sorted by path, without hidden ones in a folder.
+
+    One that has several names, by links, counts once.
+    """
     pattern = input
     if Path(input).exists():
         pattern = glob.escape(input)
     if Path(input).is_dir():
         pattern += "/**"
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
-    files = [path for path in paths if path.is_file()]
+    files = {}
+    for path in sorted(Path(path) for path in glob.glob(pattern, recursive=True)):
+        if path.is_file():
+            files.setdefault(path.resolve(), path)
     if not files:
         raise UserError(f"no file or folder {input}, or nothing in it")
-    return files
+    return list(files.values())
+
+
+def kind_of_file(path: Path) -> str:
+    """What a file seems to be by its first bytes, "" for text."""
+    with user_error(f"can't read {path}", OSError), path.open("rb") as file:
+        head = file.read(4096)
+    for signature, kind in SIGNATURES.items():
+        if head.startswith(signature):
+            return kind
+    if b"\x00" not in head or head.startswith((*BYTE_ORDER_MARKS, GZIP_MARK)):
+        return ""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return "binary data"
+    return ""
+
+
+def file_source(path: Path, field: str) -> Source:
+    """The text or the rows in a file."""
+    size = path.stat().st_size
+    if JSON.search(path.name):
+        return Source(str(path), partial(read_json, path, field), size, is_document=False)
+    if CSV.search(path.name) and field:
+        return Source(str(path), partial(read_csv, path, field), size, is_document=False)
+    if CSV.search(path.name):
+        print(f"note: {path} is read as it is; --field=COLUMN takes a column", file=sys.stderr)
+    return Source(str(path), partial(read_text, path), size)
 
 
 def read_all(sources: list[Source], doing: str) -> Iterator[tuple[bool, str]]:
@@ -158,7 +216,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
             kind = encoding.upper().removesuffix("-SIG")
             raise UserError(
                 f"{path} is not {kind} text: invalid byte at offset {offset}; "
-                f"if it is Latin-1, convert it: iconv -f latin1 -t utf-8 {path} > OUT"
+                f"if it is from Windows or Latin-1: iconv -f cp1252 -t utf-8 {path} > OUT"
             ) from error
 
 
@@ -186,9 +244,9 @@ def read_text(path: Path) -> Pieces:
         yield starts, text
 
 
-def read_json(path: Path) -> Pieces:
+def read_json(path: Path, field: str = "") -> Pieces:
     """The file at path of JSON objects, a document each: one per line, or in an array."""
-    problem = 'expected JSON objects with a "text" each, one per line or in an array'
+    problem = "expected JSON objects with text, one per line or in an array"
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             is_array = number == 1 and line.startswith("[")
@@ -196,25 +254,45 @@ def read_json(path: Path) -> Pieces:
                 line += file.read()
             if line.isspace():
                 continue
-            kinds = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+            kinds = (ValueError, TypeError, AttributeError, RecursionError)
             with user_error(f"{path}, line {number}: {problem}", *kinds):
                 rows = json.loads(line)
                 if not is_array:
                     rows = [rows]
                 for row in rows:
-                    yield True, text_of(row)
+                    yield True, text_of(row, field)
 
 
-def read_hub(input: str) -> Pieces:
+def read_csv(path: Path, field: str) -> Pieces:
+    """A column of the CSV file at path, whose first line has the names; a document per row."""
+    csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
+    delimiter = ","
+    if ".tsv" in path.name.lower():
+        delimiter = "\t"
+    with open_text(path) as file, user_error(f"{path} is no CSV", csv.Error):
+        for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 1):
+            with user_error(f"{path}, row {number}", ValueError, TypeError, AttributeError):
+                text = text_of(row, field)
+            yield True, text
+
+
+def read_hub(input: str, field: str = "") -> Pieces:
     """The training split of hf:OWNER/DATASET or hf:OWNER/DATASET:CONFIG, streamed."""
     load_dataset = optional("datasets").load_dataset
     path, _, config = input.removeprefix("hf:").partition(":")
     # the network, a dozen file formats, a name that does not exist
     with user_error(f"{input} can't be read", Exception):
         for row in load_dataset(path, config or None, split="train", streaming=True):
-            yield True, text_of(row)
+            yield True, text_of(row, field)
 
 
-def text_of(row: dict[str, Any]) -> str:
-    """row["text"]; half a surrogate pair is replaced, as tiktoken does."""
-    return row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def text_of(row: dict[str, Any], field: str) -> str:
+    """row[field], by default row["text"]; half a surrogate pair is replaced, as tiktoken does."""
+    if not field:
+        field = "text"
+    if field not in row:
+        raise ValueError(f"no {field} here; choose by --field one of {', '.join(map(str, row))}")
+    text = row[field]
+    if isinstance(text, list):
+        raise ValueError(f"{field} is a list: join it to one text, with marks between the parts")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import os
@@ -14,8 +15,8 @@ import pytest
 from conftest import ROOT, TEXT
 
 import prepare_data
+import sample
 from prepare_data import prepare
-from support.bpe import train_bpe
 from support.checkpoint import lock
 from support.dataset import open_dataset
 from support.settings import UserError
@@ -225,6 +226,110 @@ def test_a_byte_order_mark_at_the_start_is_no_text(workdir, monkeypatch, chunk):
     Path("inside.txt").write_bytes(TEXT.encode() + BOM)
     prepare("inside", "inside.txt", "byte")
     assert open_dataset("inside")[1].tolist()[-3:] == [*BOM]  # elsewhere it is a character
+
+
+def test_a_key_or_a_column_can_be_named(workdir):
+    rows = [{"content": text, "id": i} for i, text in enumerate(corpus(50))]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open("rows.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "content"])
+        writer.writeheader()
+        writer.writerows(rows)
+    metas = [prepare("rows", path, field="content") for path in ("rows.jsonl", "rows.csv")]
+    assert metas[0]["sha256"] == metas[1]["sha256"]
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1.*no text here; .* content, id"):
+        prepare("rows", "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows.csv, row 1 \(no body here; .* id, content"):
+        prepare("rows", "rows.csv", field="body")
+    Path("chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(UserError, match=r"messages is a list: join it to one text"):
+        prepare("rows", "chat.jsonl", field="messages")
+
+
+def test_in_a_folder_what_is_no_text_is_skipped_and_named_and_a_link_counts_once(workdir, capsys):
+    Path("notes").mkdir()
+    Path("notes/a.md").write_text(TEXT)
+    Path("notes/b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Path("notes/c.dat").write_bytes(bytes(range(256)))
+    for name in ("a-again.md", "z.md"):
+        Path("notes", name).symlink_to("a.md")
+    meta = prepare("notes", "notes")
+    assert meta["train_bytes"] + meta["val_bytes"] == len(TEXT.encode())
+    said = capsys.readouterr().err
+    assert "skipping 2 files that are no text" in said and "b.png (a picture)" in said
+    for content, kind in ((b"%PDF-1.7\n", "a PDF"), (b"PK\x03\x04", "a zip archive")):
+        Path("one").write_bytes(content)
+        with pytest.raises(UserError, match=f"one is no text, it seems to be {kind}"):
+            prepare("one", "one")
+
+
+def test_special_tokens_in_the_text_are_text_and_noted_or_read_as_such(
+    workdir, gpt2_vocabulary, capsys
+):
+    Path("marked.txt").write_text("one<|endoftext|>two\r\n" * 50, newline="")
+    for special_tokens in (False, True):
+        prepare("marked", "marked.txt", "gpt2", special_tokens=special_tokens)
+        train, _, meta = open_dataset("marked")
+        assert (50256 in train) == special_tokens
+        ids = load_tokenizer(json.loads(json.dumps(meta))).encode("<|endoftext|>")
+        assert (ids == [50256]) == special_tokens
+        said = capsys.readouterr().err
+        assert ("<|endoftext|> in the text is ordinary text" in said) != special_tokens
+        assert said.count("lines end in") == 1
+
+
+# ------------------------------------------------------------------------------------ ids of one's own
+
+
+@pytest.mark.parametrize("form", ["raw", "npy", "nothing but sizes"])
+def test_ids_of_ones_own_are_trained_on_evaluated_resumed_and_sampled(train, capsys, form):
+    ids = np.arange(4000) % 7 * 20
+    if form == "raw":
+        ids.astype("<u2").tofile("codes.bin")
+        prepare("codes", "codes.bin", "ids:128")
+    elif form == "npy":
+        np.save("codes.npy", ids.reshape(40, 100))
+        prepare("codes", "codes.npy", "ids:128")
+    else:
+        Path("data/codes").mkdir(parents=True)
+        ids[:3600].astype("<u2").tofile("data/codes/train.bin")
+        ids[3600:].astype("<u2").tofile("data/codes/val.bin")
+        Path("data/codes/meta.json").write_text('{"vocab_size": 128, "dtype": "uint16"}')
+    train_tokens, val_tokens, _ = open_dataset("codes")
+    assert np.array_equal(np.concatenate([train_tokens, val_tokens]), ids)
+    train(dataset="codes", max_iters=20)
+    train(dataset="codes", max_iters=60)
+    train(dataset="codes", eval_only=True)
+    capsys.readouterr()
+    options = {"max_new_tokens": 4, "temperature": 0.0, "device": "cpu"}
+    sample.main(sample.Settings(prompt=["0 20 40"], **options))
+    assert capsys.readouterr().out.split() == ["0", "20", "40", "60", "80", "100", "120"]
+    for prompt in ("128", "-1", "x"):
+        with pytest.raises(UserError, match="expected token ids from 0 to 127"):
+            sample.main(sample.Settings(prompt=[prompt], **options))
+
+
+def test_ids_outside_the_vocabulary_are_refused(workdir):
+    for values in (np.array([1, 2, 3, 128]), np.array([-1, 2, 3, 4])):
+        np.save("codes.npy", values)
+        with pytest.raises(UserError, match=r"codes.npy has ids from .* not within 128"):
+            prepare("codes", "codes.npy", "ids:128")
+    np.save("codes.npy", np.ones(9))
+    with pytest.raises(UserError, match="values of type float64: expected whole numbers"):
+        prepare("codes", "codes.npy", "ids:128")
+    np.save("codes.npy", np.array([{}] * 9), allow_pickle=True)
+    with pytest.raises(UserError, match=r"codes.npy can't be read"):
+        prepare("codes", "codes.npy", "ids:128")
+
+
+def test_a_folder_without_meta_is_gpt2s_only_if_it_looks_so(workdir):
+    Path("data/codes").mkdir(parents=True)
+    for split in ("train", "val"):
+        np.arange(1024, dtype="<u2").tofile(f"data/codes/{split}.bin")
+    with pytest.raises(UserError, match=r'no meta.json, .* up to 1023, .*"vocab_size": 1024'):
+        open_dataset("codes")
+    Path("data/codes").rename("data/openwebtext")
+    assert open_dataset("openwebtext")[2]["tokenizer"] == "gpt2"
 
 
 def test_added_documents_move_no_document_to_the_other_split(workdir):
@@ -475,7 +580,7 @@ def test_invalid_utf8_names_file_and_offset_and_how_to_convert_it(workdir, monke
     for chunk in (1 << 22, 7):
         monkeypatch.setattr(prepare_data, "CHUNK_CHARS", chunk)
         for name, offset in {"bad.txt": 100, "marked.txt": 103, "bad.txt.gz": 100}.items():
-            message = rf"^{name} is not UTF-8 text: invalid byte at offset {offset}; .*iconv -f latin1 -t utf-8 {name}"
+            message = rf"^{name} is not UTF-8 text: invalid byte at offset {offset}; .*iconv -f cp1252 -t utf-8 {name}"
             with pytest.raises(UserError, match=message):
                 prepare("bad", name)
     Path("bad.txt").write_bytes(b"x" * 20_000 + b"enough characters and a " + "é".encode()[:1])
@@ -490,7 +595,7 @@ def test_bad_rows_and_damaged_gzip_are_clear(workdir):
             b'{"text": "good"}\n' + line.encode("utf-8", "surrogateescape")
         )
         with pytest.raises(
-            UserError, match=r'bad.jsonl, line 2: expected JSON objects with a "text" each'
+            UserError, match=r"bad.jsonl, line 2: expected JSON objects with text"
         ) as raised:
             prepare("bad", "bad.jsonl", "byte")
         assert len(str(raised.value)) < 300 and "\n" not in str(raised.value)
