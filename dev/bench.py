@@ -7,7 +7,7 @@ python -m dev.bench --nanogpt=PATH --race=recipe        nanoGPT by that one, Min
 PATH is a clone of nanoGPT, which runs as it says: uncompiled in float32 on a CPU, compiled in bfloat16 on a GPU.
 Programs take turns, A B A B, each in a process of its own, so that none finds memory, threads or compiled code of
 another. In the table all train with AdamW. A race needs tiny Shakespeare prepared in both folders and keeps its curves:
-python -m extras.plot --out_dir=out/race/MiniGPT --compare=out/race/nanoGPT
+python -m extras.plot out/race/MiniGPT out/race/nanoGPT
 """
 
 import json

@@ -1,16 +1,18 @@
-"""Draw the losses, learning rate and gradient norm of a run, or of two. Needs matplotlib; run it in the repository.
+"""Draw the losses, learning rate and gradient norm of runs. Needs matplotlib.
 
-python -m extras.plot --out_dir=out/shakespeare                        to out/shakespeare/loss.png, also during the run
-python -m extras.plot --out_dir=out/shakespeare --compare=out/mine     two runs in one picture
+python -m extras.plot out/shakespeare             to out/shakespeare/loss.png, also during a run
+python -m extras.plot out/shakespeare out/mine    several runs in one picture
 
-A run is read from out_dir/metrics.jsonl: per line a JSON object of numbers, or null, with `step`, `seconds` since the
-run began, and `loss`, `lr`, `grad_norm` (a training step) or `val_loss` (an evaluation). Any program can write that.
+Run it in the repository. A run is read from metrics.jsonl in its folder: per line a JSON object of
+numbers, or null, with `step`, `seconds` since the run began, and `loss`, `lr`, `grad_norm` (a
+training step) or `val_loss` (an evaluation). Any program can write that.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,73 +20,100 @@ import numpy as np
 from support.checkpoint import write_atomically
 from support.settings import UserError, optional, run_script, setting, user_error
 
-MUTED, GRID = "#6b7280", "#e5e7eb"
-COLORS = ("#1d5fbf", "#d9640f")  # of the runs; also told apart without seeing red or green
+MUTED = "#6b7280"
+GRID = "#e5e7eb"
+COLORS = ("#1d5fbf", "#d9640f", "#0f8a6a", "#b0569b")  # also told apart without red or green
 STYLE = {
     "axes.grid": True,
+    "axes.grid.which": "both",
     "grid.color": GRID,
     "axes.edgecolor": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
-STYLE |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid.which": "both",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "text.parse_math": False,
 }
+
+Records = list[dict[str, float]]
 
 
 @dataclass
 class Settings:
-    out_dir: str = setting("out", "the out_dir of a training run")
-    compare: str = setting("", "the out_dir of a second run, to draw with the first")
+    out_dir: list[str] | None = setting(None, "the out_dir of a training run, or of several")
     file: str = setting("", "picture to write: .png, .svg or .pdf; by default loss.png in out_dir")
 
 
-def read_metrics(out_dir: str | Path) -> list[dict[str, float]]:
-    """The records of the run in out_dir, one per line, without what is null. A last line without its end is left out:
-    it is being written. Raises UserError where there are none, and for a line that is not a record."""
-    path, records = Path(out_dir, "metrics.jsonl"), []
+def read_metrics(out_dir: str | Path) -> Records:
+    """The records of the run in out_dir, one per line, without what is null.
+
+    A last line without its end is left out: it is being written. Raises UserError where there are
+    none, and for a line that is not a record.
+    """
+    path = Path(out_dir, "metrics.jsonl")
     text = path.read_bytes() if path.is_file() else b""
+    records = []
     for line in text[: text.rfind(b"\n") + 1].splitlines():
         problem = f"{path} has a line that is not one of metrics: {line[:60]!r}"
         with user_error(problem, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            record = {
-                key: float(value) for key, value in json.loads(line).items() if value is not None
-            }
-            records.append(record | {"step": int(record["step"]), "seconds": record["seconds"]})
+            record = {}
+            for key, value in json.loads(line).items():
+                if value is not None:
+                    record[key] = float(value)
+            record["step"] = int(record["step"])
+            record["seconds"]  # raises an error where it is missing
+            records.append(record)
     if not records:
         raise UserError(f"no metrics in {path}: train first, or give another out_dir")
     return records
 
 
+def values_of(records: Records, x: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(values of x, values of key) of the records that have key."""
+    chosen = [record for record in records if key in record]
+    return np.array([record[x] for record in chosen]), np.array([record[key] for record in chosen])
+
+
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """The mean of the width values around each, fewer at the ends."""
-    return np.array(
-        [values[max(0, i - width // 2) : i + width // 2 + 1].mean() for i in range(len(values))]
-    )
+    means = []
+    for i in range(len(values)):
+        means.append(values[max(0, i - width // 2) : i + width // 2 + 1].mean())
+    return np.array(means)
+
+
+def loss_limits(runs: list[Records]) -> tuple[float, float] | None:
+    """Limits of the loss axis: a long run's first tenth, which falls steeply, may be cut off."""
+    shown = []
+    for records in runs:
+        losses = [record for record in records if "loss" in record]
+        if len(losses) < 20:
+            return None
+        for record in records[len(records) // 10 :]:
+            shown += [record[key] for key in ("loss", "val_loss") if key in record]
+    margin = 0.05 * (max(shown) - min(shown))
+    return min(shown) - margin, max(shown) + margin
 
 
 @contextmanager
 def picture(path: Path, width: float, height: float) -> Iterator:
-    """Give an empty matplotlib Figure of that many inches, which needs no display, to draw in; then write it to path.
+    """Give an empty matplotlib Figure of that many inches to draw in, then write it to path.
 
-    Raises UserError without matplotlib, for a kind of picture unknown to it, and for a path that can't be written.
+    It needs no display. Raises UserError without matplotlib, for a kind of picture unknown to it,
+    and for a path that can't be written.
     """
     new_figure = optional("matplotlib.figure").Figure
     with optional("matplotlib").rc_context(STYLE):
         figure = new_figure(figsize=(width, height), layout="constrained")
         yield figure
+        options = {
+            "format": path.suffix[1:],
+            "dpi": min(140, 10_000 / max(width, height)),
+            "bbox_inches": "tight",
+        }
         with user_error(f"can't write {path}", OSError, ValueError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            dpi = min(140, 10_000 / max(width, height))
-            write_atomically(
-                path,
-                lambda file: figure.savefig(
-                    file, format=path.suffix[1:], dpi=dpi, bbox_inches="tight"
-                ),
-            )
+            write_atomically(path, lambda file: figure.savefig(file, **options))
 
 
 def drawable(text: str) -> str:
@@ -94,66 +123,68 @@ def drawable(text: str) -> str:
     return "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in text)
 
 
-def draw_run(out_dir: str | Path, compare: str | Path = "", file: str | Path = "") -> Path:
-    """Draw the run in out_dir, and the one in compare, to file, by default out_dir/loss.png. Returns its path.
-
-    From top to bottom loss, learning rate and gradient norm; on the left against steps, on the right against time.
-    Raises UserError as `read_metrics` and `picture` do.
-    """
-    runs = {Path(name).as_posix(): read_metrics(name) for name in (out_dir, compare) if name}
-    width = max(
-        sum("loss" in record for record in records) // 60 | 1 for records in runs.values()
-    )  # odd: centred
-    lines = [
+def draw_curves(axes: np.ndarray, records: Records, color: str, width: int) -> None:
+    """Draw a run in the 3 x 2 axes: loss, learning rate, gradient norm; over steps, over time."""
+    curves = (  # row, key, log lines in a mean, look
         (0, "loss", 1, {"lw": 0.8, "alpha": 0.3}),
         (0, "loss", width, {"lw": 1.2}),
-    ]  # row, key, mean of, look
-    lines += [(0, "val_loss", 1, {"lw": 2.4, "marker": "o", "mec": "white"})]
-    lines += [(1, "lr", 1, {"lw": 1.6}), (2, "grad_norm", 1, {"lw": 0.9})]
-    path = Path(file or Path(out_dir, "loss.png"))
+        (0, "val_loss", 1, {"lw": 2.4, "marker": "o", "mec": "white"}),
+        (1, "lr", 1, {"lw": 1.6}),
+        (2, "grad_norm", 1, {"lw": 0.9}),
+    )
+    for column, (x, scale) in enumerate((("step", 1), ("seconds", 60))):
+        for row, key, n, look in curves:
+            xs, ys = values_of(records, x, key)
+            if len(xs) == 1:
+                look = {**look, "marker": "o"}  # a line needs two points
+            axes[row, column].plot(xs / scale, running_mean(ys, n), color=color, **look)
+
+
+def draw_runs(out_dirs: list[str | Path], file: str | Path = "") -> Path:
+    """Draw the runs to file, by default loss.png in the folder of the first. Returns its path.
+
+    From top to bottom loss, learning rate and gradient norm; on the left against steps, on the
+    right against time. Raises UserError as `read_metrics` and `picture` do.
+    """
+    path = Path(out_dirs[0], "loss.png")
+    if file:
+        path = Path(file)
+    runs = [read_metrics(out_dir) for out_dir in out_dirs]
+    n_logged = max(sum("loss" in record for record in records) for records in runs)
+    width = n_logged // 60 | 1  # odd, so that a mean is centred
+    names = [drawable(Path(out_dir).as_posix()) for out_dir in out_dirs]
     with picture(path, 12, 7.5) as figure:
         axes = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(3.4, 1, 1))
-        for (name, records), color in zip(runs.items(), COLORS, strict=False):
-            for column, (x, scale) in enumerate((("step", 1), ("seconds", 60))):
-                for row, key, n, look in lines:
-                    xs, ys = (
-                        np.array([(r[x] / scale, r[key]) for r in records if key in r])
-                        .reshape(-1, 2)
-                        .T
-                    )
-                    look = {
-                        "color": color,
-                        "marker": "o" if len(xs) == 1 else None,
-                    } | look  # a line needs two points
-                    axes[row, column].plot(xs, running_mean(ys, n), **look)
-            val_losses = [record["val_loss"] for record in records if "val_loss" in record]
-            evaluated = f"   best validation loss {min(val_losses):.3f}" if val_losses else ""
-            axes[0, 0].lines[-1].set_label(drawable(name) + evaluated)
+        for name, records, color in zip(names, runs, cycle(COLORS), strict=False):
+            draw_curves(axes, records, color, width)
+            _, val_losses = values_of(records, "step", "val_loss")
+            if len(val_losses) > 0:
+                name += f"   best validation loss {val_losses.min():.3f}"
+            axes[0, 0].lines[-1].set_label(name)
 
         note = "thick: validation\nthin: training"
-        note += f", mean of {width} log lines; pale: as logged" if width > 1 else ""
-        axes[0, 0].text(
-            0.98, 0.95, note, color=MUTED, ha="right", va="top", transform=axes[0, 0].transAxes
-        )
-        axes[0, 0].set_ylabel("loss (nats per token)")
+        if width > 1:
+            note += f", mean of {width} log lines; pale: as logged"
+        corner = {"ha": "right", "va": "top", "transform": axes[0, 0].transAxes}
+        axes[0, 0].text(0.98, 0.95, note, color=MUTED, **corner)
+        axes[0, 0].set(ylabel="loss (nats per token)", ylim=loss_limits(runs))
         axes[1, 0].set_ylabel("learning rate")
         axes[2, 0].set(xlabel="step", ylabel="gradient norm", xlim=(0, None))
-        axes[2, 0].set_yscale(
-            "log", subs=(2, 5)
-        )  # and with it the one beside it, which shares the axis
+        axes[2, 0].set_yscale("log", subs=(2, 5))  # and the one beside it, which shares the axis
         axes[2, 0].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         axes[2, 1].set(xlabel="time (minutes)", xlim=(0, None))
-        title = {
-            "weight": "bold",
-            "size": min(14, 1200 / (30 + max(map(len, runs)))),
-        }  # so that it fits
+        size = min(14, 1200 / (30 + max(map(len, names))))  # so that a long name fits
+        title = {"weight": "bold", "size": size}
         figure.legend(loc="outside upper left", labelcolor="linecolor", frameon=False, prop=title)
     return path
 
 
 def main(s: Settings) -> None:
-    print(draw_run(s.out_dir, s.compare, s.file))
+    out_dirs = s.out_dir
+    if not out_dirs:
+        out_dirs = ["out"]
+    print(draw_runs(out_dirs, s.file))
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__, OSError)
+    run_script(main, Settings, __doc__, OSError, positional="out_dir")

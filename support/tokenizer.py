@@ -10,7 +10,7 @@ import tiktoken
 from support.settings import UserError, optional, user_error
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pieces of text, inside which bytes are merged (Radford et al. 2019): 's and the like, words
+# GPT-2's pieces of text, inside which bytes are merged (Radford et al. 2019): 's and so on, words
 # and numbers with the space before them, other signs likewise, white space
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -196,7 +196,7 @@ class HFTokenizer(Tokenizer):
         return b"".join(self.token_bytes(i) for i in ids)
 
     def token_bytes(self, i: int) -> bytes:
-        """What the token i adds to a text. Of a byte-level BPE this may be a part of a character."""
+        """What the token i adds to a text; of a byte-level BPE maybe a part of a character."""
         if i in self.added:
             return self.added[i].encode("utf-8")
         token = self.tokenizer.id_to_token(i)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from extras import plot
-from extras.plot import COLORS, draw_run
+from extras.plot import COLORS, draw_runs
 from support.settings import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -63,7 +63,7 @@ def drawn(tmp_path, monkeypatch):
 
 def test_a_run_is_drawn_against_steps_and_against_time(drawn):
     write_run("out", [3.0, None, 2.0], [1.5, 1.25, 1.75], seconds_per_step=120.0)
-    assert draw_run("out") == Path("out/loss.png")
+    assert draw_runs(["out"]) == Path("out/loss.png")
     steps, time = drawn[0].axes[0::2], drawn[0].axes[1::2]
     assert ([1, 3], [3.0, 2.0]) in curves(steps[0]) and ([2.0, 6.0], [3.0, 2.0]) in curves(
         time[0]
@@ -78,7 +78,7 @@ def test_a_run_is_drawn_against_steps_and_against_time(drawn):
 def test_two_runs_share_a_picture(drawn):
     write_run("out", [3.0, 2.0])
     write_run("other", [3.0, 2.5, 2.25], [])
-    draw_run("out", "other", "both.svg")
+    draw_runs(["out", "other"], "both.svg")
     losses = drawn[0].axes[0]
     assert ([1, 2], [3.0, 2.0]) in curves(losses) and ([1, 2, 3], [3.0, 2.5, 2.25]) in curves(
         losses
@@ -87,7 +87,7 @@ def test_two_runs_share_a_picture(drawn):
         "out   best validation loss 1.500",
         "other",
     ]
-    assert [text.get_color() for text in titles(drawn[0])] == list(COLORS)
+    assert [text.get_color() for text in titles(drawn[0])] == list(COLORS[:2])
     assert Path("both.svg").exists()
 
 
@@ -96,7 +96,7 @@ def test_titles_of_any_length_fit_and_do_not_overlap(drawn, length):
     """As matplotlib itself measures what it draws."""
     write_run("a" * length, [3.0, 2.0])
     write_run("b" * length, [3.0, 2.0])
-    draw_run("a" * length, "b" * length)
+    draw_runs(["a" * length, "b" * length])
     render(drawn[0])
     first, second = (text.get_window_extent() for text in titles(drawn[0]))
     assert not first.overlaps(second)
@@ -106,7 +106,7 @@ def test_titles_of_any_length_fit_and_do_not_overlap(drawn, length):
 def test_a_single_log_line_can_be_seen(drawn):
     """In the pixels of each of the six parts."""
     write_run("out", [3.0], val_losses=[])
-    draw_run("out")
+    draw_runs(["out"])
     pixels = np.asarray(render(drawn[0]).buffer_rgba())[::-1, :, :3]  # row 0 at the bottom
     blue = (pixels == [int(COLORS[0][i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
     for axis in drawn[0].axes:
@@ -116,12 +116,19 @@ def test_a_single_log_line_can_be_seen(drawn):
 
 def test_a_long_run_is_smoothed_and_says_so(drawn):
     write_run("out", [1.0 + i % 2 for i in range(300)])
-    draw_run("out")
+    draw_runs(["out"])
     logged, mean = curves(drawn[0].axes[0])[:2]
     assert logged[1][10:13] == [1.0, 2.0, 1.0]
     assert mean[1][10:13] == pytest.approx([1.4, 1.6, 1.4])  # of five
     assert mean[1][0] == pytest.approx(4 / 3)  # of three: the first has none before it
     assert "mean of 5 log lines" in drawn[0].axes[0].texts[0].get_text()
+
+
+def test_the_first_losses_do_not_squeeze_the_rest(drawn):
+    write_run("out", [9.0, 5.0] + [2.0 - i / 100 for i in range(28)])
+    draw_runs(["out"])
+    low, high = drawn[0].axes[0].get_ylim()
+    assert 1.4 < low < 1.5 and 2.0 < high < 2.1
 
 
 def test_characters_that_the_font_lacks_are_escaped_without_a_warning(
@@ -132,7 +139,7 @@ def test_characters_that_the_font_lacks_are_escaped_without_a_warning(
     write_run("run-中-$^$-é", [3.0, 2.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot.main(plot.Settings(out_dir="run-中-$^$-é", file="new/a.png"))
+        plot.main(plot.Settings(out_dir=["run-中-$^$-é"], file="new/a.png"))
     assert capsys.readouterr().out.strip() == str(Path("new/a.png"))
     assert Path("new/a.png").read_bytes().startswith(PNG)
     assert plot.drawable("中é$\n") == "\\u4e2dé$\\n"
@@ -142,23 +149,23 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no metrics in nowhere"):
-        draw_run("nowhere")
+        draw_runs(["nowhere"])
     write_run("out", [3.0])
     with open("out/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # being written: left out
-    draw_run("out")
+    draw_runs(["out"])
     with pytest.raises(UserError, match=r"can't write a\.doc .*png.*svg"):
-        draw_run("out", file="a.doc")
+        draw_runs(["out"], file="a.doc")
     with pytest.raises(UserError, match="can't write out"):
         plot.main(plot.Settings(file="out/metrics.jsonl/a.png"))
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(UserError, match="pip install matplotlib"):
-            draw_run("out")
+            draw_runs(["out"])
     with open("out/metrics.jsonl", "a") as file:
         file.write("\n")
     with pytest.raises(UserError, match=r'not one of metrics: .*"lo'):
-        draw_run("out")
+        draw_runs(["out"])
 
 
 @pytest.mark.parametrize(

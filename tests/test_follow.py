@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from extras import tensorboard
+from extras import follow
 from support.settings import UserError
 
 
@@ -38,7 +38,7 @@ def test_tensorboard_reads_what_a_run_logged():
     write_metrics(
         record(1, 3.0), record(2, None, lr=0.5), record(2, 2.5, val_loss=2.25), end='{"step": 3'
     )
-    tensorboard.main(tensorboard.Settings(follow=False))
+    follow.main(follow.Settings(follow=False))
     assert read_back("loss", "lr", "val_loss") == {
         "loss": [(1, 3.0), (2, 2.5)],
         "lr": [(2, 0.5)],
@@ -48,11 +48,11 @@ def test_tensorboard_reads_what_a_run_logged():
 
 def test_each_step_stands_once_when_it_is_written_again_or_the_run_was_resumed():
     write_metrics(*(record(i, float(i)) for i in range(1, 10)))
-    tensorboard.main(tensorboard.Settings(follow=False))
-    tensorboard.main(tensorboard.Settings(follow=False))
+    follow.main(follow.Settings(follow=False))
+    follow.main(follow.Settings(follow=False))
     assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 10)]
     write_metrics(*(record(i, float(i)) for i in range(1, 7)), record(7, 0.5))
-    tensorboard.main(tensorboard.Settings(follow=False))
+    follow.main(follow.Settings(follow=False))
     assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 7)] + [(7, 0.5)]
 
 
@@ -82,14 +82,28 @@ def test_a_run_is_followed_until_ctrl_c_also_where_a_resumed_one_writes_its_step
     write_metrics(*stages[0], end='{"step": ')
     monkeypatch.setattr(time, "sleep", wait)
     with pytest.raises(KeyboardInterrupt):
-        tensorboard.main(tensorboard.Settings())
+        follow.main(follow.Settings())
     assert seen == [[(record["step"], record["loss"]) for record in stage] for stage in stages]
 
 
 def test_what_is_missing_is_said_in_a_line(monkeypatch, capsys):
     with pytest.raises(UserError, match=r"metrics\.jsonl: train first"):
-        tensorboard.main(tensorboard.Settings(follow=False))
+        follow.main(follow.Settings(follow=False))
     write_metrics(record(1, 3.0))
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r"this needs a package .*: pip install tensorboard"):
-        tensorboard.main(tensorboard.Settings(follow=False))
+        follow.main(follow.Settings(follow=False))
+
+
+def test_wandb_is_sent_what_a_run_logged(monkeypatch):
+    """Offline: the file that it would send has the names and values."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    write_metrics(record(1, 3.125), record(2, 2.5, val_loss=2.375))
+    follow.main(follow.Settings(to="wandb", follow=False))
+    wandb.finish()
+    (path,) = Path("wandb").glob("offline-run-*/*.wandb")
+    sent = path.read_bytes()
+    for value in (b"val_loss", b"3.125", b"2.375"):
+        assert value in sent
