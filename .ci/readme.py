@@ -24,6 +24,7 @@ SKIPPED = {
     "--nproc_per_node=8": "needs eight GPUs",
     "--nanogpt": "takes minutes, and a clone of nanoGPT",
     "dev.bench": "takes minutes; tests/test_bench.py runs it",
+    "dev.race": "takes minutes, and a clone of nanoGPT",
     "--init_from=gpt2": "needs the hub",
     "finetune_shakespeare": "needs the hub; tests/test_pretrained.py does it with a model of its own",
 }
@@ -67,7 +68,7 @@ def main():
             if "extras.check" in command:
                 here += " --max_iters=200"  # or it fails, as ten steps are too few to learn a batch
             begun = time.perf_counter()
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
             done = subprocess.run(
                 here, shell=True, cwd=copy, env=environment, capture_output=True, text=True
             )

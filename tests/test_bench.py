@@ -1,6 +1,7 @@
 """The benchmark: its table, and the race against nanoGPT, of which a script of a few lines takes the place."""
 
 import ast
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from test_scripts import fails
 
-from dev.bench import figure, load_nanogpt
+from dev.bench import figure
+from dev.race import load_nanogpt
 from extras.plot import read_metrics
 from model import GPTConfig, MiniGPT
 from prepare_data import prepare
@@ -41,18 +43,27 @@ def save_as_nanogpt(model, path):
 
 
 def test_the_benchmark_prints_its_table(run):
-    done = run("dev.bench", "--work=train:char", "--rounds=1", "--steps=2", "--device=cpu")
+    done = run(
+        "dev.bench",
+        "--work=train:char",
+        "--rounds=1",
+        "--steps=2",
+        "--device=cpu",
+        "--file=results.jsonl",
+    )
     assert done.returncode == 0, done.stderr
     machine, limits, *_, row, _, legend = done.stdout.splitlines()
+    (line,) = map(json.loads, Path("results.jsonl").read_text().splitlines())
+    assert line["work"] == "train:char" and line["tokens_per_sec"] > 0
     assert (
         f"torch {torch.__version__}" in machine
         and torch.backends.cpu.get_cpu_capability() in machine
     )
     assert "GFLOP/s in " in limits and "GB/s of reading" in limits
-    work, program, speed, share, *_ = (cell.strip() for cell in row.strip("|").split("|"))
-    assert (work, program) == ("train:char", "MiniGPT")
+    work, rows, program, speed, share, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (work, rows, program) == ("train:char", "12", "MiniGPT")
     assert float(speed.split()[0].replace(",", "")) > 0 and share.endswith("%")
-    assert "spread" in legend
+    assert "over the rounds" in legend
     assert "there is train:char" in fails(run("dev.bench", "--work=train:moon"))
 
 
@@ -79,10 +90,10 @@ def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
     save_as_nanogpt(model, folder / "run" / "ckpt.pt")
     (folder / "train.py").write_text(NANOGPT, encoding="utf-8")
     flags = "--flags=--max_iters=20 --weight_decay=0.2"
-    race = "dev.bench", "--race=matched", "--rounds=1", f"--nanogpt={folder}", flags
+    race = "dev.race", "--recipe=matched", "--rounds=1", f"--nanogpt={folder}", flags
     assert "a clone of nanoGPT" in fails(run(*race))
     (folder / "model.py").touch()
-    assert "prepare both from the same file" in fails(run(*race))
+    assert "prepare both from one file" in fails(run(*race))
 
     data = folder / "data" / "shakespeare_char"
     data.mkdir(parents=True)
@@ -103,7 +114,7 @@ def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
     different = {key for key in given if config[key] != theirs[key]}
     assert different == {"out_dir", "eval_iters", "max_iters"}
     assert (
-        done.stdout.splitlines()[-3]
+        done.stdout.splitlines()[-2]
         == "different: max_iters 20, not 2000, weight_decay 0.2, not 0.1"
     )
     metrics = [
