@@ -63,7 +63,7 @@ class Settings:
     n_head: int = setting(12, "attention heads per block", 1, 10_000)
     n_embd: int = setting(768, "width, a multiple of n_head", 1, 1 << 20)
     dropout: float = setting(
-        0.0, "share of activations set to zero: 0.1 or more for little data", 0.0, 0.99
+        0.0, "share of activations set to zero: for large models on little text", 0.0, 0.99
     )
     bias: bool = setting(False, "give Linear and LayerNorm layers biases, as GPT-2 has")
     # optimiser
@@ -326,6 +326,15 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
     return load_pretrained(init_from, s.block_size, s.dropout, meta["vocab_size"]).train()
 
 
+def ignored_sizes(model: MiniGPT, s: Settings) -> list[str]:
+    """The settings, as "name=value", in which a model that was not built from them differs."""
+    ignored = []
+    for name, value in asdict(model.config).items():
+        if hasattr(s, name) and getattr(s, name) != value:
+            ignored.append(f"{name}={getattr(s, name)}")
+    return ignored
+
+
 def checkpoint_state(
     model: MiniGPT,
     optimizer: torch.optim.Optimizer,
@@ -398,6 +407,9 @@ def main(s: Settings) -> None:
     else:
         init_from = s.init_from
         model = initial_model(init_from, s, meta)
+        ignored = ignored_sizes(model, s)
+        if ignored:
+            ranks.say(f"ignored: {', '.join(ignored)}; the model of {init_from} has its own sizes")
     model.activation_checkpointing = s.activation_checkpointing
     model.to(device)
     optimizer = make_optimizer(model, s)

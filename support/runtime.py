@@ -34,7 +34,14 @@ def pick_device(name: str) -> torch.device:
     with user_error(f"--device={name} can't be used here", RuntimeError, AssertionError):
         device = torch.device(name)
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each rank
+            local_rank = int(os.environ["LOCAL_RANK"])
+            n_gpus = torch.cuda.device_count()
+            if 0 < n_gpus <= local_rank:
+                raise UserError(
+                    f"more processes than GPUs here: --nproc_per_node={n_gpus}, "
+                    "or --device=cuda:0 --backend=gloo to share one"
+                )
+            device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
