@@ -1,0 +1,215 @@
+"""What only shows after many tries, or between machines: python -m pytest -m slow tests/test_soak.py
+
+SOAK_MINUTES=30 in the environment makes the soak as long; by default it takes a minute.
+"""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, flags
+from test_robust import LONG, kill_all, linux, ranks_of, start  # noqa: F401
+from test_train import assert_same_run
+
+from support.checkpoint import read_checkpoint
+
+pytestmark = [linux, pytest.mark.slow]
+MINUTES = float(os.environ.get("SOAK_MINUTES", 1))
+
+
+def workers_of(process):
+    """The processes that train: those of torchrun's ranks, or the process itself."""
+    return ranks_of(process) or [process.pid]
+
+
+def interrupt(process, rng):
+    """Ctrl-C, which reaches every process of a terminal."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def terminate(process, rng):
+    process.send_signal(signal.SIGTERM)
+
+
+def hang_up(process, rng):
+    process.send_signal(signal.SIGHUP)
+
+
+def kill(process, rng):
+    kill_all(process)
+
+
+def freeze(process, rng):
+    """One rank stands still for a while."""
+    pid = rng.choice(workers_of(process))
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(rng.uniform(0, 1))
+    os.kill(pid, signal.SIGCONT)
+
+
+def fill_disk(process, rng):
+    """Files can't become larger than 10 kB for a while: a log line fits, a checkpoint does not."""
+    pids = workers_of(process)
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    time.sleep(rng.uniform(0, 1))
+    for pid in pids:
+        resource.prlimit(
+            pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+
+
+ENDING = [interrupt, terminate, hang_up, kill]
+PASSING = [freeze, fill_disk]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signals_kills_and_full_disks_at_random_moments_change_no_bit(start, run, ranks):  # noqa: F811
+    settings = LONG | {
+        "max_iters": 1000,
+        "lr_decay_iters": 1000,
+        "save_interval": 20,
+        "eval_interval": 100,
+        "dropout": 0.1,
+    }
+    assert run("train.py", *flags(**settings, out_dir="whole"), ranks=ranks).returncode == 0
+    rng = random.Random(os.environ.get("SOAK_SEED", "1337") + str(ranks))
+    done = []
+    runs = 0
+    end = time.monotonic() + 60 * MINUTES / 2
+    while time.monotonic() < end:
+        process = start(ranks, **settings)
+        action = ""
+        while process.poll() is None:
+            time.sleep(rng.uniform(0, 1))
+            action = rng.choice(ENDING + PASSING)
+            if process.poll() is not None:
+                break
+            try:
+                action(process, rng)
+            except ProcessLookupError:  # it has ended meanwhile
+                break
+            done.append(action.__name__)
+            if action in ENDING:
+                break
+        printed, _ = process.communicate(timeout=120)
+        assert "Traceback" not in printed or action is kill or ranks > 1, printed
+        read_checkpoint(Path("out/last.pt"))  # no half-written file
+        if read_checkpoint(Path("out/last.pt"))["evaluated"] == settings["max_iters"]:
+            assert_same_run("whole", "out")
+            shutil.rmtree("out")
+            runs += 1
+    assert run("train.py", *flags(**settings), ranks=ranks).returncode == 0
+    assert_same_run("whole", "out")
+    print(f"{runs + 1} runs, {len(done)} events: { ({name: done.count(name) for name in done}) }")
+
+
+@pytest.fixture
+def two_machines():
+    """Two network name spaces with a cable between them: cut(True) cuts it, cut(False) joins it again."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("needs root and the command ip, to make network name spaces")
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True)
+
+    names = ["minigpt-a", "minigpt-b"]
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+        ip("netns", "add", name)
+    ip("link", "add", "cable-a", "netns", names[0], "type", "veth", "peer", "cable-b")
+    ip("link", "set", "cable-b", "netns", names[1])
+    for i, name in enumerate(names):
+        cable = f"cable-{'ab'[i]}"
+        ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", cable)
+        ip("-n", name, "link", "set", cable, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+
+    def cut(is_cut):
+        ip("-n", names[0], "link", "set", "cable-a", "down" if is_cut else "up")
+
+    yield names, cut
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.fixture
+def start_on_both(two_machines, workdir):
+    """start_on_both(key=value, ...) starts a rank on each machine, and waits until they train."""
+    names, _ = two_machines
+    started = []
+
+    def start_on_both(**settings):
+        path = Path(settings.get("out_dir", "out"), "last.pt")
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        processes = []
+        for i, name in enumerate(names):
+            command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
+            command += ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={i}"]
+            command += ["--master_addr=10.99.0.1", "--master_port=29500"]
+            processes.append(
+                subprocess.Popen(
+                    [*command, str(ROOT / "train.py"), *flags(**settings)],
+                    env=os.environ | {"GLOO_SOCKET_IFNAME": f"cable-{'ab'[i]}"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+        started.extend(processes)
+        while processes[0].poll() is None:
+            if path.exists() and path.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.05)
+        return processes
+
+    yield start_on_both
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+CUT = LONG | {"max_iters": 2000, "lr_decay_iters": 2000, "save_interval": 20, "timeout": 20}
+
+
+def test_a_network_that_is_cut_for_5_seconds_does_not_end_the_run(start_on_both, two_machines):
+    _, cut = two_machines
+    for process in start_on_both(**CUT, out_dir="whole"):
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+    processes = start_on_both(**CUT)
+    cut(True)
+    time.sleep(5)
+    cut(False)
+    for process in processes:
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+    assert_same_run("whole", "out")
+
+
+def test_a_network_that_is_cut_for_a_minute_ends_the_run_which_resumes(start_on_both, two_machines):
+    _, cut = two_machines
+    for process in start_on_both(**CUT, out_dir="whole"):
+        process.communicate(timeout=120)
+    processes = start_on_both(**CUT)
+    begun = time.monotonic()
+    cut(True)
+    for process in processes:
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert "advice: another rank has stopped or is slower than --timeout" in printed
+    assert time.monotonic() - begun < 60
+    cut(False)
+    for process in start_on_both(**CUT):
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+    assert_same_run("whole", "out")
