@@ -37,8 +37,10 @@ def assert_same_run(one, other):
     for name in ("last.pt", "best.pt"):
         a = torch.load(f"{one}/{name}")
         b = torch.load(f"{other}/{name}")
-        for key in ("model", "optimizer", "scaler", "step"):
+        for key in ("model", "scaler", "step"):
             assert same(a[key], b[key]), f"{name}: {key}"
+        # the groups have the learning rate of the process's last step, which may have made none
+        assert same(a["optimizer"]["state"], b["optimizer"]["state"]), name
     for a, b in zip(metrics(one), metrics(other), strict=True):
         for key in ("step", "loss", "lr", "grad_norm", "val_loss"):
             assert a.get(key) == b.get(key)
