@@ -355,7 +355,9 @@ def test_a_new_run_can_begin_with_the_weights_of_another(train, capsys):
         assert f"validation loss {best:.4f}" in printed
         assert "ignored" not in printed
     train(out_dir="new", init_from="out/a", max_iters=3, n_layer=7, bias=True)
-    assert "ignored: n_layer=7, bias=True; the model of out/a has its own" in capsys.readouterr().out
+    assert (
+        "ignored: n_layer=7, bias=True; the model of out/a has its own" in capsys.readouterr().out
+    )
     assert [record["step"] for record in metrics("new")] == [1, 2, 3, 3]
     assert losses("new")[0] < losses("out/a")[0] / 2
     train(out_dir="new", init_from="out/a", max_iters=5, n_layer=7, bias=True)  # it resumes
