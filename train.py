@@ -327,11 +327,12 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
 
 
 def ignored_sizes(model: MiniGPT, s: Settings) -> list[str]:
-    """The settings, as "name=value", in which a model that was not built from them differs."""
+    """The settings, as "name=value", that were chosen and differ from those of model."""
     ignored = []
-    for name, value in asdict(model.config).items():
-        if hasattr(s, name) and getattr(s, name) != value:
-            ignored.append(f"{name}={getattr(s, name)}")
+    for name, own in asdict(model.config).items():
+        chosen = getattr(s, name, own)
+        if chosen != own and chosen != getattr(Settings, name):
+            ignored.append(f"{name}={chosen}")
     return ignored
 
 
