@@ -42,6 +42,7 @@ def save_as_nanogpt(model, path):
     torch.save({"model": weights, "model_args": vars(model.config)}, path)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table(run):
     done = run(
         "dev.bench",
@@ -82,6 +83,7 @@ def test_a_model_of_nanogpts_computes_the_same_here(tmp_path):
     torch.testing.assert_close(load_nanogpt(tmp_path / "run" / "ckpt.pt")(idx)[0], model(idx)[0])
 
 
+@pytest.mark.slow
 def test_a_matched_race_gives_both_the_same_settings_and_one_yardstick(run):
     prepare("shakespeare", "tiny.txt")
     _, val_tokens, meta = open_dataset("shakespeare")

@@ -58,6 +58,7 @@ for size in sizes:
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs /proc to see the memory of a process"
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_planned_memory_is_within_15_percent_of_what_training_takes(workdir, size):
     Path("data/gpt2").mkdir()
