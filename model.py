@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
 
         mask = None
         if cache is not None:
-            k, v, mask = cache.append(self.layer, k, v)  # (B, H, S, D): the past and these tokens
+            k, v, mask = cache.update(self.layer, k, v)  # (B, H, S, D): previous tokens and these
 
         # One fused kernel for
         #     scores = q @ k.transpose(2, 3) / math.sqrt(D)        # (B, H, T, S)
@@ -129,7 +129,7 @@ class MiniGPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.init_weights()
+        self.init_weights()  # before there is a head: its weight would be drawn twice
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # weight tying (Press & Wolf 2017)
 
@@ -160,8 +160,8 @@ class MiniGPT(nn.Module):
         loss should ignore it. cache: the KVCache of the tokens before idx; idx is appended to it.
 
         Returns (logits, loss). logits: (B, T, vocab_size), or with a cache (B, 1, vocab_size).
-        loss: the mean cross-entropy in nats, or None without targets. With targets the logits are
-        detached: a gradient for both outputs would cost a compiled training step a pass over them.
+        loss: the mean cross-entropy in nats, or None without targets. With targets the logits carry
+        no gradient: only the loss is differentiated, which makes a compiled step faster.
 
         Raises ValueError for no token or more than block_size tokens, and on the CPU for ids
         outside the vocabulary.
@@ -177,7 +177,7 @@ class MiniGPT(nn.Module):
 
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
@@ -210,8 +210,9 @@ class MiniGPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B).
 
-        Each weight takes a multiply-add forward and two backward, and so does each of the T C
-        products in the two matrices of a layer's attention. Positions are only looked up.
+        A multiply-add is two operations, and for each one in the forward pass there are two in the
+        backward pass: 6 per weight. The positional embedding is only looked up. In each layer,
+        q @ k and weights @ v take T C multiply-adds per token each: 2 x 6 per layer.
         """
         n_weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
         sizes = self.config
@@ -223,7 +224,8 @@ class KVCache:
 
     `keys` and `values` hold a tensor (B, H, size, D) per layer, allocated once and written in
     place; the first `length` positions are filled. size is at most block_size, which is the
-    default. Set `length = 0` to start over.
+    default. For new tokens, the model calls `advance` once, and then each layer calls `update`. Set
+    `length = 0` to start over.
     """
 
     def __init__(
@@ -257,12 +259,12 @@ class KVCache:
         self.positions = torch.arange(start, end, device=self.positions.device)
         return self.positions
 
-    def append(
+    def update(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Store a layer's keys and values, (B, H, T, D) each, where `advance` made room.
 
-        A prompt that all rows share may come as one row: it is broadcast to all of them.
+        A prompt that all rows share may be computed as one row: it is stored in all of them.
 
         Returns the keys and values of all tokens so far, (B, H, S, D) each, and the mask (T, S),
         True where a query sees a key. A single query sees every key: its mask is None.
@@ -273,5 +275,5 @@ class KVCache:
         self.values[layer][:, :, S - T : S] = v
         mask = None
         if T > 1:
-            mask = torch.arange(S, device=k.device) <= self.positions[:, None]
+            mask = torch.arange(S, device=k.device) <= self.positions[:, None]  # (T, S)
         return self.keys[layer][:rows, :, :S], self.values[layer][:rows, :, :S], mask

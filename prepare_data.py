@@ -6,16 +6,20 @@ python prepare_data.py NAME --input PATH --tokenizer=gpt2                    you
 python prepare_data.py NAME --input codes.npy --tokenizer=ids:1024           your own token ids
 
 PATH is a file, a folder, a pattern in quotes, or hf:OWNER/DATASET[:CONFIG] for a dataset of the
-Hugging Face hub. Files are text in UTF-8, or with the byte-order mark of UTF-16, gzipped or not;
-.jsonl and .json files have JSON objects with a "text" each, one per line or in an array (which is
-read whole); --field=NAME takes another key, or a column of a CSV file. A document is a text file,
-an object or a row; the end-of-text token, if the tokenizer has one, separates documents. Up to 100
-text files are split by position: the last tenth of the characters is for validation. Otherwise a
-hash of a document's text says to which split it goes, so adding documents moves none.
+Hugging Face hub. A file, gzipped or not, is one of these:
 
-Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 if there are more
-than 65,536), and meta.json with the tokenizer. An interrupted preparation leaves the previous
-dataset NAME as it was, and starts again.
+- text in UTF-8, or with the byte-order mark of UTF-16: one document
+- .jsonl or .json: objects, one per line or in an array, each a document in its "text"
+- .csv or .tsv, with --field=COLUMN: rows, each a document
+
+--field=NAME takes another key of the objects. The tokenizer's end-of-text token separates
+documents. Up to 100 text files are split by position: the last tenth of the characters is for
+validation. Otherwise a hash of its text decides on the split of each document, so that adding
+documents moves none.
+
+Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 for vocabularies
+of more than 65,536), and meta.json with the tokenizer. Until it has finished, the previous dataset
+NAME stays; an interrupted preparation starts over.
 """
 
 import hashlib
@@ -62,16 +66,16 @@ class Settings:
     val_share: float = setting(0.1, "share of the text for validation", 0.001, 0.9)
 
 
-def open_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer called name, or that of a model's folder; None if it is made of the text."""
+def ready_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer called name, or that of a folder; None if it has to be made from the text."""
     is_bpe = re.fullmatch(r"bpe:\d+", name) and int(name.removeprefix("bpe:")) > 256
     if name == "char" or is_bpe:
         return None
     return find_tokenizer(name)
 
 
-def survey(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | None]:
-    """Read all text once: its number of characters, and the tokenizer if it is made of the text."""
+def first_pass(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | None]:
+    """Read all text once: its number of characters, and its own tokenizer for char and bpe:N."""
     n_chars = 0
     chars = set()
     sample = []
@@ -93,21 +97,21 @@ def survey(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | None
 
 
 def split_by_position(pieces: Pieces, n_train: int) -> Iterator[tuple[str, bool, str]]:
-    """Yield (split, starts, text): the first n_train characters are for training."""
-    for starts, text in pieces:
-        yield "train", starts, text[:n_train]
-        yield "val", starts, text[n_train:]
+    """Yield (split, is_new, text): the first n_train characters are for training."""
+    for is_new, text in pieces:
+        yield "train", is_new, text[:n_train]
+        yield "val", is_new, text[n_train:]
         n_train = max(0, n_train - len(text))
 
 
 def split_by_hash(pieces: Pieces, val_share: float) -> Iterator[tuple[str, bool, str]]:
-    """Yield (split, starts, text): whole documents, by a hash of their first piece."""
-    for starts, text in pieces:
-        if starts:
+    """Yield (split, is_new, text): whole documents, by a hash of their first piece."""
+    for is_new, text in pieces:
+        if is_new:
             digest = hashlib.sha256(text.encode("utf-8")).digest()
             fraction = int.from_bytes(digest[:8], "big") / 2**64
             split = "val" if fraction < val_share else "train"
-        yield split, starts, text
+        yield split, is_new, text
 
 
 class TokenFile:
@@ -117,23 +121,24 @@ class TokenFile:
         self.file = file
         self.pool = pool
         self.encode = encode
-        self.batch = []  # (is end of text before it?, text)
+        self.batch = []  # (whether an end-of-text token comes first, text)
         self.batch_chars = 0
-        self.encoded = deque()  # a future per batch, in order
+        self.encoded = deque()  # one future per batch, in order
         self.n_bytes = 0
         self.n_tokens = 0
 
-    def add(self, starts: bool, text: str) -> None:
+    def add(self, is_new: bool, text: str) -> None:
+        """Add a piece of text, with which a new document may begin."""
         if not text:
             return
-        self.batch.append((starts and self.n_bytes > 0, text))
+        self.batch.append((is_new and self.n_bytes > 0, text))
         self.batch_chars += len(text)
         self.n_bytes += len(text.encode("utf-8"))
         if self.batch_chars >= BATCH_CHARS:
             self.write(BATCHES_AHEAD)
 
     def write(self, ahead: int = 0) -> None:
-        """Have the batch encoded, and write what is ready: at most `ahead` batches remain."""
+        """Hand the batch to a thread, and write those before it until `ahead` are left."""
         self.encoded.append(self.pool.submit(self.encode, self.batch))
         self.batch = []
         self.batch_chars = 0
@@ -143,6 +148,7 @@ class TokenFile:
             self.n_tokens += len(ids)
 
     def finish(self) -> None:
+        """Write the rest, and wait until it is on the disk."""
         self.write()
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -162,7 +168,7 @@ def write_splits(
     digest = hashlib.sha256()
 
     def encode(texts):
-        if not hasattr(local, "tokenizer"):  # threads that share one wait for each other
+        if not hasattr(local, "tokenizer"):  # one per thread: they would wait for each other
             local.tokenizer = load_tokenizer(tokenizer.meta)
         return local.tokenizer.encode_texts(texts).astype(dtype)
 
@@ -174,9 +180,9 @@ def write_splits(
         train = TokenFile(train_file, pool, encode)
         val = TokenFile(val_file, pool, encode)
         splits = {"train": train, "val": val}
-        for split, starts, text in pieces:
+        for split, is_new, text in pieces:
             digest.update(text.encode("utf-8"))
-            splits[split].add(starts, text)
+            splits[split].add(is_new, text)
             if "\r\n" in text:
                 notes.add(
                     r"lines end in \r\n, and the model learns that; sed 's/\r$//' cuts the \r"
@@ -213,7 +219,8 @@ def replace_dataset(
     new.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
         meta = {"dataset": name, "source": source, **write(new), **tokenizer.meta}
-        write_json(new / "meta.json", meta)  # until it moves, open_dataset refuses the dataset
+        write_json(new / "meta.json", meta)
+        # While partial/meta.json is there, open_dataset refuses the dataset, so it is moved last.
         for file in ("train.bin", "val.bin", "meta.json"):
             os.replace(new / file, folder / file)
         shutil.rmtree(new)
@@ -239,20 +246,18 @@ def prepare(
             f"(only {' and '.join(BUILT_IN)} need no --input)"
         )
     if re.fullmatch(r"ids:[1-9]\d*", tokenizer):
-        encoder = IdsTokenizer(int(tokenizer.removeprefix("ids:")))
-        write = partial(
-            write_ids, path=Path(input), vocab_size=encoder.vocab_size, val_share=val_share
-        )
-        return replace_dataset(name, input, encoder, write)
+        vocab_size = int(tokenizer.removeprefix("ids:"))
+        write = partial(write_ids, path=Path(input), vocab_size=vocab_size, val_share=val_share)
+        return replace_dataset(name, input, IdsTokenizer(vocab_size), write)
 
-    encoder = open_tokenizer(tokenizer)  # first: it may have to be downloaded
+    text_tokenizer = ready_tokenizer(tokenizer)  # first: it may have to be downloaded
     sources = find_sources(name, input, field)
     by_position = len(sources) <= MOST_FILES and all(source.is_document for source in sources)
-    if by_position or encoder is None:
-        n_chars, learned = survey(sources, tokenizer)
-        if encoder is None:
-            encoder = learned
-    encoder.special_in_text = special_tokens
+    if by_position or text_tokenizer is None:
+        n_chars, own_tokenizer = first_pass(sources, tokenizer)
+        if text_tokenizer is None:
+            text_tokenizer = own_tokenizer
+    text_tokenizer.special_in_text = special_tokens
     pieces = read_all(sources, "encoding")
     if by_position:
         pieces = split_by_position(pieces, n_chars * round(1e6 * (1 - val_share)) // 10**6)
@@ -260,14 +265,15 @@ def prepare(
         pieces = split_by_hash(pieces, val_share)
 
     source = sources[0].name if len(sources) == 1 else f"{len(sources)} files in {input}"
-    write = partial(
-        write_splits, pieces=pieces, tokenizer=encoder, workers=workers or os.cpu_count()
-    )
-    return replace_dataset(name, source, encoder, write)
+    if workers == 0:
+        workers = os.cpu_count()
+    write = partial(write_splits, pieces=pieces, tokenizer=text_tokenizer, workers=workers)
+    return replace_dataset(name, source, text_tokenizer, write)
 
 
 def main(s: Settings) -> None:
-    # else threads with much to encode wait long for the one that reads: JSON lines +20 %
+    # Python's threads take turns of 5 ms. With shorter ones the thread that reads keeps those that
+    # encode busy: JSON lines take a fifth less time.
     sys.setswitchinterval(2e-4)
     meta = prepare(s.name, s.input, s.tokenizer, s.val_share, s.field, s.special_tokens)
     print(

@@ -5,7 +5,7 @@ python sample.py "ROMEO:" "JULIET:" --out_dir=out/shakespeare      one after the
 python sample.py "Once upon a time" --init_from=gpt2               GPT-2's weights, or a folder
 python sample.py --out_dir=out/shakespeare --prompt_file=- --num_samples=3 --top_k=50 < prompt.txt
 
-The text goes to stdout as it is generated, of several samples the first one; all else to stderr.
+The text goes to stdout, the first of several samples as it is generated; all else to stderr.
 """
 
 import codecs
@@ -136,9 +136,10 @@ def stream(
     if T == 0:
         raise ValueError("the prompt is empty: it needs at least one token")
     block_size = model.config.block_size
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan again for each length of the text
+    # cuDNN's attention would be planned again, for 20 to 40 ms, at each new length of the text.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     weight = next(model.parameters())
-    size = min(block_size, T + max_new_tokens)
+    size = min(block_size, T + max_new_tokens)  # of the cache, in tokens
     cache = KVCache(model.config, B, idx.device, weight.dtype, size)
 
     text = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
@@ -213,7 +214,7 @@ def load_model(
 
 
 def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, str]:
-    """(model on device, tokenizer, a line on what they are): a run's or pretrained ones."""
+    """(model on device, tokenizer, a line on what they are), of a run or pretrained, as s asks."""
     if s.init_from:
         source = s.init_from
         tokenizer = load_pretrained_tokenizer(source)
@@ -233,7 +234,7 @@ def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, s
 
 
 def read_prompts(s: Settings, tokenizer: Tokenizer) -> list[str]:
-    """The prompts that the settings ask for, by default a new line."""
+    """The prompts that the settings ask for. Raises UserError for an empty one."""
     if s.prompt and s.prompt_file:
         raise UserError("give --prompt or --prompt_file, not both")
     if s.prompt:
@@ -253,18 +254,23 @@ def read_prompts(s: Settings, tokenizer: Tokenizer) -> list[str]:
         ):
             prompts = [file.read()]
     else:
-        prompts = [tokenizer.decode([0])]
-        with suppress(UserError):  # a character tokenizer may lack the new line
-            if tokenizer.encode("\n"):
-                prompts = ["\n"]
+        prompts = [default_prompt(tokenizer)]
     for prompt in prompts:
         if not tokenizer.encode(prompt):
             raise UserError("the prompt is empty: it needs at least one character")
     return prompts
 
 
-def on_cpu(steps: Iterator[torch.Tensor], n: int) -> Iterator[list[int]]:
-    """The tokens of each step as a list, copied from the device after every n steps."""
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """A line break, or the first token where the tokenizer has none."""
+    with suppress(UserError):  # what a character tokenizer raises for an unknown character
+        if tokenizer.encode("\n"):
+            return "\n"
+    return tokenizer.decode([0])
+
+
+def in_blocks(steps: Iterator[torch.Tensor], n: int) -> Iterator[list[int]]:
+    """The tokens of each step as a list, copied from the device n steps at a time."""
     block = []
     for tokens in steps:
         block.append(tokens)
@@ -275,8 +281,11 @@ def on_cpu(steps: Iterator[torch.Tensor], n: int) -> Iterator[list[int]]:
         yield from torch.stack(block).tolist()
 
 
-def write(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings) -> int:
-    """Print prompt and its continuations, the first as it is generated. Returns their tokens."""
+def print_samples(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings) -> int:
+    """Print prompt and its continuations, the first as it is generated.
+
+    Returns the number of tokens in all continuations.
+    """
     device = next(model.parameters()).device
     idx = torch.tensor([tokenizer.encode(prompt)], device=device).expand(s.num_samples, -1)
     eos_token = tokenizer.eos_token if s.stop_at_eos else None
@@ -292,10 +301,11 @@ def write(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings) -> int
         generator=torch.Generator(device).manual_seed(s.seed),
     )
     texts = [[] for _ in range(s.num_samples)]
-    # A character may be several tokens: the decoder waits until it is complete.
+    # A character may be several tokens: the decoder holds its bytes back until it is complete.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(prompt, end="", flush=True)
-    for tokens in on_cpu(steps, 1 if device.type == "cpu" else 8):
+    block_length = 1 if device.type == "cpu" else 8
+    for tokens in in_blocks(steps, block_length):
         for text, token in zip(texts, tokens, strict=True):
             if token != eos_token:
                 text.append(token)
@@ -323,7 +333,7 @@ def main(s: Settings) -> None:
     for i, prompt in enumerate(prompts):
         if i > 0:
             print(SEPARATOR)
-        n_tokens += write(model, tokenizer, prompt, s)
+        n_tokens += print_samples(model, tokenizer, prompt, s)
     seconds = time.perf_counter() - start
     print(
         f"{source}; {n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s",

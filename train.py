@@ -6,7 +6,7 @@ python train.py --out_dir=out/shakespeare                  resume a run with its
 torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs
 
 Run the same command again to resume. A run writes to out_dir: last.pt (to resume from), best.pt
-(the lowest validation loss) and metrics.jsonl.
+(the lowest validation loss so far) and metrics.jsonl.
 """
 
 import math
@@ -139,8 +139,10 @@ class Settings:
 
 
 def learning_rate(step: int, s: Settings) -> float:
-    """The learning rate of a step, the first of which is 0: linear warm-up, then half a cosine
-    from learning_rate down to min_lr (Loshchilov & Hutter 2017, equation 5)."""
+    """Linear warm-up, then half a cosine from learning_rate down to min_lr.
+
+    Loshchilov & Hutter 2017, equation 5. The first step is 0.
+    """
     if not s.decay_lr:
         return s.learning_rate
     if step < s.warmup_iters:
@@ -160,7 +162,7 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
     matrices = []
     vectors = []
     muon_matrices = []
-    muon_qkv = []  # Q, K and V on top of each other, which Muon has to treat one by one
+    muon_qkv = []  # Q, K and V stacked: Muon treats the three separately
     for name, p in model.named_parameters():
         if p.dim() < 2:
             vectors.append(p)
@@ -175,7 +177,8 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
         "lr": s.learning_rate,
         "betas": (s.beta1, s.beta2),
         "weight_decay": s.weight_decay,
-        "fused": matrices[0].device.type != "mps",  # where it may ignore a scaler (PyTorch 186360)
+        # on mps, fused AdamW may ignore the scaler (PyTorch issue 186360)
+        "fused": matrices[0].device.type != "mps",
     }
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
@@ -238,7 +241,7 @@ def evaluate(
     """Mean loss over evenly spaced, non-overlapping windows of tokens, always the same ones.
 
     All of the split for eval_iters = 0, otherwise at most eval_iters x batch_size windows. Each
-    rank evaluates its share. Returns None if one of `signals` has come on any rank.
+    rank evaluates its share. Returns None if any rank has received one of `signals`.
     """
     device = next(model.parameters()).device
     config = model.config
@@ -249,20 +252,23 @@ def evaluate(
     n = n_windows
     if eval_iters > 0:
         n = min(n_windows, eval_iters * batch_size)
-    starts = np.arange(n) * n_windows // n * config.block_size
-    # in float32, the logits of a batch should stay within 1 GB
-    most = max(1, 2**28 // (config.block_size * config.vocab_size))
-    batches = np.array_split(starts, math.ceil(n / min(batch_size, most)))
+    windows = np.arange(n) * n_windows // n
+    starts = windows * config.block_size
+    # The logits of a batch in float32 stay within 1 GB.
+    most_rows = max(1, 2**28 // (config.block_size * config.vocab_size))
+    batches = np.array_split(starts, math.ceil(n / min(batch_size, most_rows)))
 
     total = torch.zeros((), device=device)
     shown = time.monotonic()
     model.eval()
     for first in range(0, len(batches), n_ranks):
-        # Every rank runs the model equally often, or the collectives of a sharded model deadlock.
-        mine = first + rank
-        batch = batches[min(mine, len(batches) - 1)]
-        _, loss = model(*to_device(load_windows(tokens, batch, config), device))
-        if mine < len(batches):
+        # Where batches run out, a rank evaluates the last one again and does not count it: every
+        # rank has to run the model equally often, or those of a sharded model wait forever.
+        index = first + rank
+        batch = batches[min(index, len(batches) - 1)]
+        x, y = to_device(load_windows(tokens, batch, config), device)
+        _, loss = model(x, y)
+        if index < len(batches):
             total += loss * len(batch)
         if signals is not None and signals.agreed():
             model.train()
@@ -276,10 +282,10 @@ def evaluate(
     return total.item() / n
 
 
-def find_dataset(name: str) -> str:
-    """The dataset to train on: name, prepared here if it is built in and missing.
+def ensure_dataset(name: str) -> str:
+    """Prepare the dataset name if it is built in and missing. Returns the name to train on.
 
-    Offline it is python_docs, where shakespeare can't be downloaded.
+    That is python_docs where shakespeare can't be downloaded.
     """
     if (DATA / name / "train.bin").exists() or name not in BUILT_IN:
         return name
@@ -291,7 +297,7 @@ def find_dataset(name: str) -> str:
         if name != "shakespeare":
             raise
         print(f"{error}. Training on python_docs instead.", flush=True)
-        return find_dataset("python_docs")
+        return ensure_dataset("python_docs")
 
 
 def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
@@ -327,11 +333,12 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
 
 
 def ignored_sizes(model: MiniGPT, s: Settings) -> list[str]:
-    """The settings, as "name=value", that were chosen and differ from those of model."""
+    """The settings, as "name=value", that the user chose and that differ from model's sizes."""
     ignored = []
     for name, own in asdict(model.config).items():
         chosen = getattr(s, name, own)
-        if chosen != own and chosen != getattr(Settings, name):
+        is_default = chosen == getattr(Settings, name)
+        if chosen != own and not is_default:
             ignored.append(f"{name}={chosen}")
     return ignored
 
@@ -356,7 +363,7 @@ def checkpoint_state(
     }
 
 
-def measures(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
+def metrics_of(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
     """A validation loss in nats per token, as perplexity, and in bits per byte of text.
 
     Only the last can be compared across tokenizers.
@@ -394,7 +401,7 @@ def main(s: Settings) -> None:
     choose_kernels(device, dtype, n_scores, s.deterministic)
 
     # data
-    dataset = ranks.from_first(find_dataset, s.dataset)
+    dataset = ranks.from_first(ensure_dataset, s.dataset)
     train_tokens, val_tokens, meta = open_dataset(dataset, s.block_size)
 
     # model: that of the run in out_dir, or a new one
@@ -414,9 +421,10 @@ def main(s: Settings) -> None:
     model.activation_checkpointing = s.activation_checkpointing
     model.to(device)
     optimizer = make_optimizer(model, s)
-    # In float16 the scaler keeps small gradients above zero (Micikevicius et al. 2018). Otherwise
-    # it stays at 1, and is there to skip steps whose gradient is not finite.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if dtype == "float16" else 1.0)
+    # The scaler skips steps whose gradient is not finite. In float16 it also multiplies the loss,
+    # so that small gradients stay above zero (Micikevicius et al. 2018); otherwise by 1.
+    scaling = dtype == "float16"
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if scaling else 1.0)
 
     step = 0
     evaluated = 0  # step of the last evaluation
@@ -424,10 +432,10 @@ def main(s: Settings) -> None:
     worse_evals = 0  # evaluations since the best one
     seconds = 0.0
     if state is not None:
-        # the optimiser's moments as they were; learning rate, betas, ... from this command
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
-        if dtype == "float16" and state["scaler"]["scale"] > 1:  # 1: the run had another dtype
+        # The moments are those of the run; learning rate, betas, ... are those of this command.
+        own_groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": own_groups})
+        if scaling and state["scaler"]["scale"] > 1:  # 1 if the run was not in float16
             scaler.load_state_dict(state["scaler"])
         step = state["step"]
         evaluated = state["evaluated"]
@@ -456,7 +464,8 @@ def main(s: Settings) -> None:
         )
         return ranks.leave()
 
-    # network is what a step calls: the model, compiled and in DDP. model is evaluated and saved.
+    # A training step calls network: model, compiled and in DDP. Both share their weights, and model
+    # itself is evaluated and saved.
     network = model
     if s.compile:
         options = {"deterministic": True} if s.deterministic else None
@@ -470,7 +479,7 @@ def main(s: Settings) -> None:
     signals = StopSignals(ranks)
     run.start(step, evaluated, seconds)
     log_step = step
-    log_time = time.perf_counter()  # moved on by pauses, so that it counts training only
+    log_time = time.perf_counter()  # moved forward by each pause: only training counts
     eval_seconds = 0.0
     fastest = 0.0  # tokens per second
     not_finite = 0  # log lines in a row
@@ -489,31 +498,32 @@ def main(s: Settings) -> None:
         run.save(checkpoint_state(model, optimizer, scaler, s, meta, **progress))
 
     while True:
-        # Save, evaluate and stop where due, then train one step. All ranks agree on what is due.
+        # Save, stop and evaluate where due, then train one step. All ranks agree on what is due.
         pause = time.perf_counter()
-        stop, overdue = ranks.maximum(signals.received, run.minutes_unsaved() > s.save_minutes)
+        overdue = run.minutes_unsaved() > s.save_minutes
+        stop_signal, overdue = ranks.maximum(signals.received, overdue)  # 0: none
         finished = step >= s.max_iters
         evaluating = evaluated < step and (finished or due(step, s.eval_interval))
         keeping = due(step, s.keep_interval)
-        saving = stop or overdue or evaluating or keeping or due(step, s.save_interval)
+        saving = stop_signal or overdue or evaluating or keeping or due(step, s.save_interval)
         if saving and run.saved_step < step and not s.eval_only:
-            save()
+            save()  # before the evaluation, which may take long and be interrupted
         if keeping:
-            run.keep(f"step_{step:07}.pt")
-        if stop:
+            run.link_last_as(f"step_{step:07}.pt")
+        if stop_signal:
             break
         if evaluating or s.eval_only:
             with autocast:
                 val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks, signals)
             if val_loss is None:
-                continue  # a signal has come: stop, and evaluate after the resume
+                continue  # a signal was received: stop now, evaluate after the resume
             evaluated = step
             worse_evals += 1
             if val_loss < best_val_loss:
                 best_val_loss = val_loss
                 worse_evals = 0
-                run.keep("best.pt")
-            run.log(step, s.max_iters, **measures(val_loss, meta))
+                run.link_last_as("best.pt")
+            run.log(step, s.max_iters, **metrics_of(val_loss, meta))
             if worse_evals == 2 and not s.patience:
                 ranks.say(
                     f"no better than {best_val_loss:.4f} at two evaluations in a row: best.pt has "
@@ -536,27 +546,27 @@ def main(s: Settings) -> None:
                 train_tokens, model.config, s.seed, step, first, micro_batch_size
             )
             x, y = to_device(batch, device)
-            if s.dropout > 0:  # the same masks after a resume
+            if s.dropout > 0:  # dropout draws the same masks after a resume
                 seeds = np.random.SeedSequence((s.seed, step, micro_step, ranks.rank))
                 torch.manual_seed(int(seeds.generate_state(1)[0]))
             gradient_sync = nullcontext()
             if ranks.size > 1 and micro_step < micro_steps - 1:
-                gradient_sync = network.no_sync()  # one all-reduce per step is enough
+                gradient_sync = network.no_sync()  # all-reduce after the last micro-batch only
             with gradient_sync:
                 with autocast:
-                    micro_loss = network(x, y)[1]  # the logits, which are large, are freed here
+                    micro_loss = network(x, y)[1]  # [1], so that the large logits are freed
                 scaler.scale(micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)  # skipped where the gradient is not finite
-        scaler.update(None if dtype == "float16" else 1.0)
+        scaler.update(None if scaling else 1.0)
         model.zero_grad()
-        skipped += grad_norm.isfinite().logical_not()  # on the device: does not synchronise
+        skipped += grad_norm.isfinite().logical_not()  # stays on the device
         step += 1
 
         if step == 1 or step % s.log_interval == 0:
-            loss = ranks.sum(loss).item() / ranks.size  # synchronises with the device
+            loss = ranks.sum(loss).item() / ranks.size  # waits for the device
             grad_norm = grad_norm.item()
             now = time.perf_counter()
             step_seconds = (now - log_time) / (step - log_step)
@@ -582,7 +592,7 @@ def main(s: Settings) -> None:
                 mfu=mfu(flops_per_sec, device),
             )
             not_finite += 1
-            if math.isfinite(loss) and (dtype == "float16" or math.isfinite(grad_norm)):
+            if math.isfinite(loss) and (scaling or math.isfinite(grad_norm)):
                 not_finite = 0
             if not_finite == 3:
                 raise UserError(
@@ -590,21 +600,22 @@ def main(s: Settings) -> None:
                     f"{run.way_back()}"
                 )
 
-    if not stop and not s.eval_only:
+    if not stop_signal and not s.eval_only:
         save()  # now with the last evaluation
     signals.restore()
     if run.unsaved:
         names = " and ".join(sorted(run.unsaved))
         raise UserError(f"{names} could not be saved in {run.folder}: see above")
-    if stop and not s.eval_only:
+    if stop_signal and not s.eval_only:
         ranks.say(f"interrupted: saved at step {step}; run the same command to resume")
     elif not s.eval_only:
         early = ", stopped early" if stopped_early else ""
         ranks.say(f"done: best validation loss {best_val_loss:.4f}{early}")
         ranks.say(f"next: python sample.py --out_dir={s.out_dir}")
     ranks.leave()
-    if stop:
-        signal.raise_signal(int(stop))  # so that a shell or torchrun sees why this process ended
+    if stop_signal:
+        # so that a shell or torchrun sees why this process ended
+        signal.raise_signal(int(stop_signal))
 
 
 if __name__ == "__main__":

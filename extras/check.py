@@ -21,7 +21,7 @@ from support.runtime import advice, best_dtype, pick_device
 from support.settings import UserError, run_script
 from train import (
     Settings,
-    find_dataset,
+    ensure_dataset,
     initial_model,
     learning_rate,
     load_windows,
@@ -131,7 +131,7 @@ def check(s: Settings) -> float:
     if dtype == "auto":
         dtype = best_dtype(device)
     autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    tokens, _, meta = open_dataset(find_dataset(s.dataset), s.block_size)
+    tokens, _, meta = open_dataset(ensure_dataset(s.dataset), s.block_size)
     torch.manual_seed(s.seed)
     model = initial_model(s.init_from, s, meta).to(device)
     optimizer = make_optimizer(model, s)

@@ -111,7 +111,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
         raise UserError(f"no checkpoint {path}: train first, or give another --out_dir") from error
     except Exception as error:  # damage can show as any
         kind = type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint of this program ({kind})") from error
+        raise UserError(f"{path} is damaged or not a checkpoint ({kind})") from error
 
 
 def find_checkpoint(out_dir: str | Path, name: str = "") -> Path:
@@ -322,13 +322,14 @@ class Run:
         self.append_metrics(json.dumps(record) + "\n")
 
     def append_metrics(self, line: str) -> None:
+        """Append line to metrics.jsonl. If that fails, no part of it stays, and the run goes on."""
         size = 0
         with suppress(FileNotFoundError):
             size = self.metrics.stat().st_size
         try:
             with self.metrics.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(line)
-        except OSError as error:  # mostly a full disk: no part of the line may stay
+        except OSError as error:  # mostly a full disk
             with suppress(OSError):
                 os.truncate(self.metrics, size)
             print(f"error: can't write {self.metrics}: {error}", file=sys.stderr)
@@ -349,8 +350,8 @@ class Run:
             )
         self.write("last.pt", lambda path: write_atomically(path, lambda f: torch.save(state, f)))
 
-    def keep(self, name: str) -> None:
-        """Keep what `save` has just written under another name too."""
+    def link_last_as(self, name: str) -> None:
+        """Give last.pt, which `save` has just written, a second name that stays."""
         if not self.writes:
             return
         if "last.pt" in self.unsaved:  # it holds an earlier step
@@ -359,6 +360,7 @@ class Run:
         self.write(name, lambda path: link_atomically(self.last, path))
 
     def write(self, name: str, write: Callable[[Path], None]) -> None:
+        """write(path) for the file called name. If that fails, say so and note it in `unsaved`."""
         try:
             write(self.folder / name)
             self.unsaved.discard(name)

@@ -96,7 +96,7 @@ def check_looks_like_gpt2(folder: Path) -> None:
 
 
 def open_tokens(path: Path, dtype: str) -> np.ndarray:
-    """The token ids in a file, memory-mapped. Raises UserError where it is missing or no such."""
+    """The token ids in a file, memory-mapped. Raises UserError where it is missing or not whole."""
     dtype = np.dtype(dtype).newbyteorder("<")
     size = path.stat().st_size if path.is_file() else 0
     if size == 0 or size % dtype.itemsize > 0:

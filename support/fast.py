@@ -74,7 +74,7 @@ class StaticKVCache(nn.Module):
     def advance(self, T: int) -> torch.Tensor:
         return self.positions
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         keys = getattr(self, f"keys_{layer}")
         values = getattr(self, f"values_{layer}")
         keys.index_copy_(2, self.positions, k)

@@ -63,7 +63,7 @@ class Muon(torch.optim.Optimizer):
     """AdamW, and for the groups of parameters that ask for it Muon.
 
     params: parameters or groups of them, as for every torch optimiser. A group with splits = n > 0
-    gets Muon: each of its parameters is n matrices on top of each other, as Q, K and V are, and the
+    gets Muon: each of its parameters is n matrices stacked, as Q, K and V are, and the
     momentum of each matrix is made orthogonal separately. The updates are scaled to the size of
     AdamW's (Liu et al. 2025, equation 4), so that both rules can share a learning rate.
 

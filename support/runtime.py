@@ -194,7 +194,7 @@ class Ranks:
 
 
 class StopSignals:
-    """Notes SIGINT, SIGTERM and SIGHUP in `received`, which is 0 before, until `restore`.
+    """Notes the first SIGINT, SIGTERM or SIGHUP in `received`, which is 0 before, until `restore`.
 
     A second signal ends the process at once. Under nohup, SIGHUP stays ignored.
     """
@@ -229,7 +229,7 @@ class StopSignals:
                 os.write(2, b"stopping after this step; again to quit without saving\n")
 
     def agreed(self) -> bool:
-        """Whether a signal has come on any rank."""
+        """Whether any rank has received a signal."""
         (received,) = self.ranks.maximum(self.received)
         return received > 0
 

@@ -1,6 +1,6 @@
 """Where text comes from: files, folders, datasets of the Hugging Face hub and two built-in texts.
 
-A source's text is read as pieces (starts, text): starts is True where a document begins, and a
+A source's text is read as pieces (is_new, text): is_new is True where a document begins, and a
 document may be several pieces.
 """
 
@@ -42,7 +42,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
 }
 
-# how files begin that are no text
+# how files begin that are not text
 SIGNATURES = {
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a zip archive, as .docx, .xlsx and .epub are",
@@ -98,7 +98,7 @@ def find_sources(name: str, input: str, field: str = "") -> list[Source]:
     """What input names: a file, folder, pattern or hf:DATASET; without it the built-in text name.
 
     field: of a row in JSON, CSV or a dataset of the hub, where its text is; by default "text". In a
-    folder, files that are no text are skipped and named. Raises UserError where there is nothing.
+    folder, files that are not text are skipped and named. Raises UserError where there is nothing.
     """
     if not input:
         source, text = BUILT_IN[name]()
@@ -111,7 +111,7 @@ def find_sources(name: str, input: str, field: str = "") -> list[Source]:
     for path in files:
         kind = kind_of_file(path)
         if kind and len(files) == 1:
-            raise UserError(f"{path} is no text, it seems to be {kind}: convert it to text first")
+            raise UserError(f"{path} is not text, it seems to be {kind}: convert it to text first")
         if kind:
             skipped.append(f"{path} ({kind})")
         else:
@@ -120,7 +120,7 @@ def find_sources(name: str, input: str, field: str = "") -> list[Source]:
         names = ", ".join(skipped[:3])
         if len(skipped) > 3:
             names += ", ..."
-        print(f"note: skipping {len(skipped)} files that are no text: {names}", file=sys.stderr)
+        print(f"note: skipping {len(skipped)} files that are not text: {names}", file=sys.stderr)
     if not sources:
         raise UserError(f"no text in {input}")
     return sources
@@ -180,8 +180,8 @@ def read_all(sources: list[Source], doing: str) -> Iterator[tuple[bool, str]]:
     n_chars = 0
     shown = time.monotonic()
     for source in sources:
-        for starts, text in source.read():
-            yield starts, text
+        for is_new, text in source.read():
+            yield is_new, text
             n_chars += len(text)
             if time.monotonic() > shown + PROGRESS_SECONDS:
                 shown = time.monotonic()
@@ -226,7 +226,7 @@ def read_text(path: Path) -> Pieces:
     No byte-pair encoding has a token with these two in a row, so the ids of the pieces are those of
     the whole text.
     """
-    starts = True
+    is_new = True
     text = ""
     with open_text(path) as file:
         while chunk := file.read(CHUNK_CHARS):
@@ -237,11 +237,11 @@ def read_text(path: Path) -> Pieces:
             elif len(text) > CHUNK_CHARS:  # no place to cut, but memory must stay bounded
                 end = len(text)
             if end > 0:
-                yield starts, text[:end]
-                starts = False
+                yield is_new, text[:end]
+                is_new = False
             text = text[end:] + chunk
     if text:
-        yield starts, text
+        yield is_new, text
 
 
 def read_json(path: Path, field: str = "") -> Pieces:
@@ -269,7 +269,7 @@ def read_csv(path: Path, field: str) -> Pieces:
     delimiter = ","
     if ".tsv" in path.name.lower():
         delimiter = "\t"
-    with open_text(path) as file, user_error(f"{path} is no CSV", csv.Error):
+    with open_text(path) as file, user_error(f"{path} is not a CSV file", csv.Error):
         for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 1):
             with user_error(f"{path}, row {number}", ValueError, TypeError, AttributeError):
                 text = text_of(row, field)

@@ -85,7 +85,7 @@ class CharTokenizer(Tokenizer):
 
 
 class IdsTokenizer(Tokenizer):
-    """Tokens that are no text, such as codes of images. They are written as numbers."""
+    """Tokens that are not text, such as codes of images. They are written as numbers."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size

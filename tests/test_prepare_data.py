@@ -256,10 +256,10 @@ def test_in_a_folder_what_is_no_text_is_skipped_and_named_and_a_link_counts_once
     meta = prepare("notes", "notes")
     assert meta["train_bytes"] + meta["val_bytes"] == len(TEXT.encode())
     said = capsys.readouterr().err
-    assert "skipping 2 files that are no text" in said and "b.png (a picture)" in said
+    assert "skipping 2 files that are not text" in said and "b.png (a picture)" in said
     for content, kind in ((b"%PDF-1.7\n", "a PDF"), (b"PK\x03\x04", "a zip archive")):
         Path("one").write_bytes(content)
-        with pytest.raises(UserError, match=f"one is no text, it seems to be {kind}"):
+        with pytest.raises(UserError, match=f"one is not text, it seems to be {kind}"):
             prepare("one", "one")
 
 
