@@ -211,8 +211,8 @@ class MiniGPT(nn.Module):
         """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B).
 
         A multiply-add is two operations, and for each one in the forward pass there are two in the
-        backward pass: 6 per weight. The positional embedding is only looked up. In each layer,
-        q @ k and weights @ v take T C multiply-adds per token each: 2 x 6 per layer.
+        backward pass: 6 per weight. In each layer, q @ k and weights @ v take T C multiply-adds per
+        token each: 2 x 6 per layer. The positional embedding is only looked up.
         """
         n_weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
         sizes = self.config
