@@ -336,7 +336,9 @@ def ignored_sizes(model: MiniGPT, s: Settings) -> list[str]:
     """The settings, as "name=value", that the user chose and that differ from model's sizes."""
     ignored = []
     for name, own in asdict(model.config).items():
-        chosen = getattr(s, name, own)
+        if name == "vocab_size":  # comes from the dataset
+            continue
+        chosen = getattr(s, name)
         is_default = chosen == getattr(Settings, name)
         if chosen != own and not is_default:
             ignored.append(f"{name}={chosen}")

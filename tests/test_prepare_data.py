@@ -106,7 +106,7 @@ def test_tokens_do_not_depend_on_the_chunk_size(workdir, gpt2_vocabulary, monkey
     text = (TEXT[:500] + UNICODE + "3.14, 1,000!!\n\n\n  x = 1\n") * 3
     Path("mixed.txt").write_text(text, encoding="utf-8", newline="")
     cut = len(text) * 9 // 10
-    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", chunk)
+    monkeypatch.setattr("support.sources.CHUNK_CHARS", chunk)
     prepare("mixed", "mixed.txt", "byte")
     assert b"".join(part.tobytes() for part in open_dataset("mixed")[:2])[::2] == text.encode()
     if chunk >= 64:  # a chunk without a letter before white space has to be cut anywhere
@@ -118,7 +118,7 @@ def test_tokens_do_not_depend_on_the_chunk_size(workdir, gpt2_vocabulary, monkey
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe:300"])
 def test_the_number_of_workers_changes_nothing(workdir, monkeypatch, tokenizer):
-    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 500)
+    monkeypatch.setattr("support.sources.CHUNK_CHARS", 500)
     write_rows("rows.jsonl", corpus(200))
     for workers in (1, 3):
         prepare(f"with{workers}", "rows.jsonl", tokenizer, workers=workers)
@@ -209,7 +209,7 @@ def test_json_lines_arrays_gzip_and_patterns_are_the_same_text(workdir):
 
 @pytest.mark.parametrize("chunk", [1, 2, 100, 1 << 20])
 def test_a_byte_order_mark_at_the_start_is_no_text(workdir, monkeypatch, chunk):
-    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", chunk)
+    monkeypatch.setattr("support.sources.CHUNK_CHARS", chunk)
     Path("bom.txt").write_bytes(BOM + TEXT.encode())
     Path("bom.txt.gz").write_bytes(gzip.compress(BOM + TEXT.encode()))
     for name in ("bom.txt", "bom.txt.gz"):
@@ -359,7 +359,7 @@ def test_added_documents_move_no_document_to_the_other_split(workdir):
 
 
 def test_a_document_of_several_pieces_stays_in_one_split(workdir, monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHUNK_CHARS", 50)
+    monkeypatch.setattr("support.sources.CHUNK_CHARS", 50)
     monkeypatch.setattr(prepare_data, "MOST_FILES", 10)
     Path("many").mkdir()
     for i in range(20):
@@ -578,7 +578,7 @@ def test_invalid_utf8_names_file_and_offset_and_how_to_convert_it(workdir, monke
     Path("marked.txt").write_bytes(BOM + bad)
     Path("bad.txt.gz").write_bytes(gzip.compress(bad))
     for chunk in (1 << 22, 7):
-        monkeypatch.setattr(prepare_data, "CHUNK_CHARS", chunk)
+        monkeypatch.setattr("support.sources.CHUNK_CHARS", chunk)
         for name, offset in {"bad.txt": 100, "marked.txt": 103, "bad.txt.gz": 100}.items():
             message = rf"^{name} is not UTF-8 text: invalid byte at offset {offset}; .*iconv -f cp1252 -t utf-8 {name}"
             with pytest.raises(UserError, match=message):
