@@ -1,4 +1,4 @@
-"""What a CPU can prove about the GPU paths; docs/gpu.md has a row for each mistake that these tests keep away."""
+"""What a CPU can prove about the GPU paths."""
 
 import os
 import re

@@ -234,17 +234,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path):
     assert equal(every_bit(optimizer, params), every_bit(other, resumed))
 
 
-def test_two_runs_are_equal_to_the_bit():
-    results = []
-    for _ in range(2):
-        params, optimizer = some_of_each()
-        for step in range(3):
-            set_gradients(params, step)
-            optimizer.step()
-        results.append(every_bit(optimizer, params))
-    assert equal(*results)
-
-
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("which", [0, 2, -1])
 @pytest.mark.parametrize("unscale", [True, False])

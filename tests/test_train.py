@@ -338,10 +338,6 @@ def test_nanogpts_token_files_can_be_trained_on(train, capsys):
     train(dataset="nanogpt", out_dir="gpt2")
     assert "50,257" in capsys.readouterr().out
     assert torch.load("gpt2/last.pt")["model_args"]["vocab_size"] == 50257
-    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    message = fails(capsys, train, dataset="nanogpt", out_dir="chars")
-    assert "is not opened: prepare the text itself again" in message
-    assert not Path("ran").exists()
 
 
 def test_a_new_run_can_begin_with_the_weights_of_another(train, capsys):
