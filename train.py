@@ -303,7 +303,8 @@ def ensure_dataset(name: str) -> str:
 def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
     """A model to begin a run with: random weights, those of another run, or pretrained ones.
 
-    Raises UserError where it does not fit the dataset that meta describes.
+    The last two keep their own block_size unless another than the default was chosen. Raises
+    UserError where the model does not fit that or the dataset that meta describes.
     """
     if init_from in RANDOM_INIT:
         return MiniGPT(
@@ -317,19 +318,22 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
                 bias=s.bias,
             )
         )
+    block_size = None
+    if s.block_size != Settings.block_size:
+        block_size = s.block_size
     path = Path(init_from)
     if path.is_file() or (path / "last.pt").is_file():
         path = find_checkpoint(init_from)
         state = read_checkpoint(path)
         model = model_from_checkpoint(state, path, s.dropout)
-        if model.config.block_size != s.block_size:
+        if block_size not in (None, model.config.block_size):
             raise UserError(
                 f"{path} has a block_size of {model.config.block_size}: "
                 f"give --block_size={model.config.block_size}"
             )
         return model
     check_same_tokens(init_from, meta)
-    return load_pretrained(init_from, s.block_size, s.dropout, meta["vocab_size"]).train()
+    return load_pretrained(init_from, block_size, s.dropout, meta["vocab_size"]).train()
 
 
 def ignored_sizes(model: MiniGPT, s: Settings) -> list[str]:
@@ -446,7 +450,7 @@ def main(s: Settings) -> None:
         seconds = state["seconds"]
     del state  # as large as the model and its optimiser
 
-    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
     epochs = s.max_iters * tokens_per_step / len(train_tokens)
     ranks.say(
         f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}\n"

@@ -13,6 +13,7 @@ from test_train import fails, losses, same
 
 import prepare_data
 import sample
+import train as train_module
 from extras import export
 from model import GPTConfig, MiniGPT
 from sample import generate
@@ -682,6 +683,17 @@ def test_a_fine_tuned_run_begins_with_the_weights_and_resumes_to_the_bit(
     )
 
 
+def test_without_a_block_size_weights_keep_their_own(train, run_to_finetune):
+    Path("long.txt").write_text(TEXT * 5, encoding="utf-8")
+    prepare_data.prepare("long", "long.txt")
+    start = {"dataset": "long", "block_size": train_module.Settings.block_size}
+    for init_from in ("out/pretrained", "out/best.pt"):
+        for max_iters in (2, 3):  # begins, and resumes
+            train(init_from=init_from, out_dir=f"{init_from}-new", max_iters=max_iters, **start)
+        state = torch.load(f"{init_from}-new/last.pt")
+        assert (state["step"], state["model_args"]["block_size"]) == (3, 16)
+
+
 def test_a_transformers_model_is_fine_tuned_and_goes_back(train):
     """In, fine-tuned, out: with a tokenizer file that the dataset was prepared with."""
     tokenizer = trained_bpe()
@@ -733,8 +745,6 @@ def test_the_commands_export_and_fine_tune_on_two_ranks(run, train):
 
 
 def test_the_config_for_fine_tuning_fine_tunes(train, run_to_finetune):
-    import train as train_module
-
     changes = [
         "--dataset=tiny",
         f"--init_from={run_to_finetune}",
