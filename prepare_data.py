@@ -38,11 +38,11 @@ from typing import BinaryIO
 
 from support.bpe import train_bpe
 from support.checkpoint import lock, write_json
-from support.dataset import DATA, is_plain_name, token_dtype, write_ids
+from support.dataset import DATA, is_plain_name, open_dataset, token_dtype, write_ids
 from support.pretrained import find_tokenizer
 from support.settings import UserError, run_script, setting
 from support.sources import BUILT_IN, CHUNK_CHARS, Pieces, Source, find_sources, read_all
-from support.tokenizer import CharTokenizer, IdsTokenizer, Tokenizer, load_tokenizer
+from support.tokenizer import END_OF_TEXT, CharTokenizer, IdsTokenizer, Tokenizer, load_tokenizer
 
 BATCH_CHARS = CHUNK_CHARS // 2  # encoded at a time by a thread
 BATCHES_AHEAD = 2 * (os.cpu_count() or 1)  # batches of a split that may wait for a thread
@@ -162,7 +162,9 @@ def write_splits(
 ) -> dict[str, str | int]:
     """Write the tokens of pieces to train.bin and val.bin in folder. Returns digest and counts."""
     dtype = token_dtype(tokenizer.vocab_size)
-    special = () if tokenizer.special_in_text else tokenizer.special_tokens
+    markers = set()  # special tokens that would be read as ordinary text
+    if not tokenizer.special_in_text:
+        markers = {END_OF_TEXT, *tokenizer.special_tokens}
     notes = set()
     local = threading.local()
     digest = hashlib.sha256()
@@ -182,14 +184,23 @@ def write_splits(
         splits = {"train": train, "val": val}
         for split, is_new, text in pieces:
             digest.update(text.encode("utf-8"))
+            if is_new and splits[split].n_bytes > 0 and tokenizer.eos_token is None:
+                notes.add(
+                    "nothing separates documents: this tokenizer has no end-of-text token, as "
+                    "bpe:4096 and gpt2 have"
+                )
             splits[split].add(is_new, text)
             if "\r\n" in text:
                 notes.add(
                     r"lines end in \r\n, and the model learns that; sed 's/\r$//' cuts the \r"
                 )
-            for token in special:
-                if token in text:
-                    notes.add(f"{token} in the text is ordinary text without --special_tokens=True")
+            for marker in markers:
+                if marker in text and marker in tokenizer.special_tokens:
+                    notes.add(
+                        f"{marker} in the text is ordinary text without --special_tokens=True"
+                    )
+                elif marker in text:
+                    notes.add(f"{marker} in the text is no token of this tokenizer")
         train.finish()
         val.finish()
     for note in sorted(notes):
@@ -245,18 +256,22 @@ def prepare(
             "expected a plain name and a text: python prepare_data.py NAME --input PATH "
             f"(only {' and '.join(BUILT_IN)} need no --input)"
         )
-    if re.fullmatch(r"ids:[1-9]\d*", tokenizer):
-        vocab_size = int(tokenizer.removeprefix("ids:"))
-        write = partial(write_ids, path=Path(input), vocab_size=vocab_size, val_share=val_share)
-        return replace_dataset(name, input, IdsTokenizer(vocab_size), write)
-
     text_tokenizer = ready_tokenizer(tokenizer)  # first: it may have to be downloaded
+    if isinstance(text_tokenizer, IdsTokenizer):
+        vocab_size = text_tokenizer.vocab_size
+        write = partial(write_ids, path=Path(input), vocab_size=vocab_size, val_share=val_share)
+        return replace_dataset(name, input, text_tokenizer, write)
+
     sources = find_sources(name, input, field)
     by_position = len(sources) <= MOST_FILES and all(source.is_document for source in sources)
     if by_position or text_tokenizer is None:
         n_chars, own_tokenizer = first_pass(sources, tokenizer)
         if text_tokenizer is None:
             text_tokenizer = own_tokenizer
+    if special_tokens and not text_tokenizer.special_tokens:
+        raise UserError(
+            f"--tokenizer={tokenizer} has no special tokens: bpe:4096, gpt2 and model folders have"
+        )
     text_tokenizer.special_in_text = special_tokens
     pieces = read_all(sources, "encoding")
     if by_position:
@@ -280,6 +295,12 @@ def main(s: Settings) -> None:
         f"data/{s.name}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation "
         f"tokens, vocabulary of {meta['vocab_size']:,} ({meta['tokenizer']}), from {meta['source']}"
     )
+    tokens, _, _ = open_dataset(s.name)
+    first = tokens[:12].tolist()
+    tokenizer = load_tokenizer(meta)
+    if not isinstance(tokenizer, IdsTokenizer):
+        first = [tokenizer.decode([i]) for i in first]
+    print(f"the first tokens: {first}")
 
 
 if __name__ == "__main__":

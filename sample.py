@@ -335,6 +335,11 @@ def main(s: Settings) -> None:
             print(SEPARATOR)
         n_tokens += print_samples(model, tokenizer, prompt, s)
     seconds = time.perf_counter() - start
+    if n_tokens == 0:
+        print(
+            "note: the text ended at once; give another prompt, or --stop_at_eos=False",
+            file=sys.stderr,
+        )
     print(
         f"{source}; {n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s",
         file=sys.stderr,

@@ -39,6 +39,7 @@ from support.muon import Muon
 from support.pretrained import HUB, check_same_tokens, load_pretrained
 from support.runtime import Ranks, StopSignals, advice, best_dtype, compile_now, mfu, share
 from support.settings import UserError, run_script, setting, user_error
+from support.tokenizer import load_tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each
 
@@ -326,6 +327,7 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
         path = find_checkpoint(init_from)
         state = read_checkpoint(path)
         model = model_from_checkpoint(state, path, s.dropout)
+        check_same_tokens(init_from, meta, load_tokenizer(state["tokenizer"]))
         if block_size not in (None, model.config.block_size):
             raise UserError(
                 f"{path} has a block_size of {model.config.block_size}: "
@@ -461,6 +463,8 @@ def main(s: Settings) -> None:
         f"run: {s.max_iters:,} steps, {epochs:,.1f} epochs: "
         f"each token is read {epochs:,.1f} times"
     )
+    if epochs > 20:
+        ranks.say("     more than 20 epochs may overfit: docs/your_text.md has better numbers")
     stopped_early = 0 < s.patience <= worse_evals
     if not s.eval_only and (stopped_early or evaluated >= s.max_iters):
         ranks.say(

@@ -178,6 +178,9 @@ def show_text(
     n_alternatives is not 0, a line per token with as many others that were likely.
     """
     ids = tokenizer.encode(prompt)
+    if not new:  # nothing was generated: look at the prompt itself
+        ids, new = ids[:1], ids[1:]
+        prompt = tokenizer.decode(ids)
     logits = token_logits(model, torch.tensor(ids + new, device=model.wte.weight.device))
     choices = []
     # a character may be several tokens: the decoder holds their bytes back until it is complete

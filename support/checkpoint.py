@@ -160,8 +160,12 @@ def load_weights(
 
 def previous_settings(flags: dict[str, Any]) -> dict[str, Any] | None:
     """The settings of the run in the folder that flags name as out_dir; None if there is no run."""
-    path = Path(flags.get("out_dir", ""), "last.pt")
-    if "out_dir" not in flags or not path.is_file():
+    if "out_dir" not in flags:
+        return None
+    path = Path(flags["out_dir"], "last.pt")
+    if not path.is_file():
+        if len(flags) == 1:
+            print(f"note: no run in {path.parent} to resume: a new one", file=sys.stderr)
         return None
     return read_checkpoint(path, mmap=True, verify=False).get("config")
 

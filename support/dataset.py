@@ -31,6 +31,8 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
     and for a split of no more than block_size tokens.
     """
     folder = DATA / name
+    if not is_plain_name(name) and (Path(name) / "train.bin").exists():
+        raise UserError(f"--dataset={name} is a path: expected the name of a folder in {DATA}")
     if not is_plain_name(name) or not folder.is_dir():
         command = f"python prepare_data.py {name or 'NAME'} --input PATH"
         raise UserError(
@@ -121,6 +123,12 @@ def write_ids(folder: Path, path: Path, vocab_size: int, val_share: float) -> di
         with user_error(f"{path} can't be read", OSError, ValueError, EOFError):
             ids = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
     else:
+        size = path.stat().st_size if path.is_file() else 0
+        if size == 0 or size % dtype.itemsize > 0:
+            raise UserError(
+                f"{path} has {size:,} bytes: expected token ids of {dtype.itemsize} bytes each, "
+                "or a .npy file"
+            )
         ids = open_tokens(path, dtype.name)
     if ids.dtype.kind not in "iu" or len(ids) < 4:
         raise UserError(f"{path} has {len(ids)} values of type {ids.dtype}: expected whole numbers")

@@ -25,6 +25,7 @@ from support.tokenizer import (
     ByteTokenizer,
     CharTokenizer,
     HFTokenizer,
+    IdsTokenizer,
     Tokenizer,
     load_tokenizer,
 )
@@ -268,20 +269,31 @@ def read_tokenizer(path: Path) -> HFTokenizer:
 def find_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called name, or that of a run or of a model folder at this path."""
     path = Path(name)
+    if path.name == "tokenizer.json" and path.is_file():
+        return read_tokenizer(path)
     if path.is_file() or (path / "last.pt").is_file():
         return load_tokenizer(read_checkpoint(find_checkpoint(name))["tokenizer"])
     if (path / "tokenizer.json").is_file():
         return read_tokenizer(path / "tokenizer.json")
+    if re.fullmatch(r"ids:[1-9]\d*", name):
+        return IdsTokenizer(int(name.removeprefix("ids:")))
     return load_tokenizer({"tokenizer": name})
 
 
-def check_same_tokens(name: str, dataset_meta: dict[str, Any]) -> None:
-    """Raise UserError unless a dataset has the token ids that the weights called name know."""
+def check_same_tokens(
+    name: str, dataset_meta: dict[str, Any], theirs: Tokenizer | None = None
+) -> None:
+    """Raise UserError unless a dataset has the token ids that the weights called name know.
+
+    theirs: the tokenizer of these weights, by default that of the model folder.
+    """
     ours = load_tokenizer(dataset_meta)
-    _, config = open_folder(name)
-    theirs = load_pretrained_tokenizer(name)
-    same = ours.vocab_size == config.vocab_size
-    if theirs is not None:
+    if theirs is None:
+        theirs = load_pretrained_tokenizer(name)
+    if theirs is None:
+        _, config = open_folder(name)
+        same = ours.vocab_size == config.vocab_size
+    else:
         same = ours.vocab_size == theirs.vocab_size and all(
             ours.decode_bytes([i]) == theirs.decode_bytes([i]) for i in range(ours.vocab_size)
         )

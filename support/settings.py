@@ -90,7 +90,10 @@ def read_settings(
         configs = []
         is_list = get_origin(kind_of(known[positional])) is list
         if (len(words) > 1 and not is_list) or (words and positional in flags):
-            raise UserError(f"unexpected argument {words[-1]}: --help shows the usage")
+            raise UserError(
+                f"unexpected argument {words[-1]}: --help shows the usage; "
+                "a pattern such as *.txt needs quotes"
+            )
         if words:
             flags[positional] = words if is_list else words[0]
 

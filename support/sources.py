@@ -51,7 +51,7 @@ SIGNATURES = {
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
     b"GIF8": "a picture",
-    b"\x93NUMPY": "an array of NumPy: token ids need --tokenizer=ids:N",
+    b"\x93NUMPY": "an array of NumPy",
 }
 
 Pieces = Iterable[tuple[bool, str]]
@@ -111,7 +111,10 @@ def find_sources(name: str, input: str, field: str = "") -> list[Source]:
     for path in files:
         kind = kind_of_file(path)
         if kind and len(files) == 1:
-            raise UserError(f"{path} is not text, it seems to be {kind}: convert it to text first")
+            advice = "convert it to text first"
+            if "NumPy" in kind:
+                advice = "token ids need --tokenizer=ids:N"
+            raise UserError(f"{path} is not text, it seems to be {kind}: {advice}")
         if kind:
             skipped.append(f"{path} ({kind})")
         else:
@@ -120,9 +123,11 @@ def find_sources(name: str, input: str, field: str = "") -> list[Source]:
         names = ", ".join(skipped[:3])
         if len(skipped) > 3:
             names += ", ..."
-        print(f"note: skipping {len(skipped)} files that are not text: {names}", file=sys.stderr)
+        print(f"note: {len(skipped)} skipped, not text: {names}", file=sys.stderr)
     if not sources:
         raise UserError(f"no text in {input}")
+    if field and all(source.is_document for source in sources):
+        raise UserError(f"--field is for .jsonl, .json, .csv and .tsv files, not for {input}")
     return sources
 
 
@@ -215,8 +220,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
             offset = file.tell() - len(error.object) + error.start
             kind = encoding.upper().removesuffix("-SIG")
             raise UserError(
-                f"{path} is not {kind} text: invalid byte at offset {offset}; "
-                f"if it is from Windows or Latin-1: iconv -f cp1252 -t utf-8 {path} > OUT"
+                f"{path} is not {kind} text: invalid byte at offset {offset}; if it is Western "
+                f"text from Windows: iconv -f cp1252 -t utf-8 {path} > OUT; Chinese text may be "
+                "gb18030, Japanese cp932"
             ) from error
 
 
@@ -266,9 +272,9 @@ def read_json(path: Path, field: str = "") -> Pieces:
 def read_csv(path: Path, field: str) -> Pieces:
     """A column of the CSV file at path, whose first line has the names; a document per row."""
     csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
-    delimiter = ","
-    if ".tsv" in path.name.lower():
-        delimiter = "\t"
+    with open_text(path) as file:
+        names = file.readline()
+    delimiter = max(",;\t", key=names.count)
     with open_text(path) as file, user_error(f"{path} is not a CSV file", csv.Error):
         for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 1):
             with user_error(f"{path}, row {number}", ValueError, TypeError, AttributeError):

@@ -75,8 +75,8 @@ class CharTokenizer(Tokenizer):
             char = text[unknown.argmax()]
             raise UserError(
                 f"the character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} "
-                "characters of the training text; to allow any, prepare the text with "
-                "--tokenizer=byte"
+                "characters of the training text: leave it out, or prepare the text with "
+                "--tokenizer=byte, which allows any"
             )
         return ids
 
@@ -247,7 +247,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     name = meta["tokenizer"]
     if name == "byte":
         return ByteTokenizer()
-    if name == "ids":
+    if name == "ids" and "vocab_size" in meta:
         return IdsTokenizer(meta["vocab_size"])
     if name == "char":
         if list(meta["chars"]) != sorted(set(meta["chars"])):
@@ -255,7 +255,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
                 "the characters of this tokenizer are not sorted: prepare the dataset again"
             )
         return CharTokenizer(meta["chars"])
-    if name == "tokenizer.json":
+    if name == "tokenizer.json" and "contents" in meta:
         return HFTokenizer(meta["contents"], meta["eos"])
     if "ranks" in meta:
         ranks = {}

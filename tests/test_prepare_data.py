@@ -231,12 +231,13 @@ def test_a_byte_order_mark_at_the_start_is_no_text(workdir, monkeypatch, chunk):
 def test_a_key_or_a_column_can_be_named(workdir):
     rows = [{"content": text, "id": i} for i, text in enumerate(corpus(50))]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with open("rows.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["id", "content"])
-        writer.writeheader()
-        writer.writerows(rows)
-    metas = [prepare("rows", path, field="content") for path in ("rows.jsonl", "rows.csv")]
-    assert metas[0]["sha256"] == metas[1]["sha256"]
+    expected = prepare("rows", "rows.jsonl", field="content")["sha256"]
+    for path, delimiter in (("semicolons.csv", ";"), ("rows.tsv", "\t"), ("rows.csv", ",")):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["id", "content"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+        assert prepare("rows", path, field="content")["sha256"] == expected
     with pytest.raises(UserError, match=r"rows.jsonl, line 1.*no text here; .* content, id"):
         prepare("rows", "rows.jsonl")
     with pytest.raises(UserError, match=r"rows.csv, row 1 \(no body here; .* id, content"):
@@ -256,7 +257,7 @@ def test_in_a_folder_what_is_no_text_is_skipped_and_named_and_a_link_counts_once
     meta = prepare("notes", "notes")
     assert meta["train_bytes"] + meta["val_bytes"] == len(TEXT.encode())
     said = capsys.readouterr().err
-    assert "skipping 2 files that are not text" in said and "b.png (a picture)" in said
+    assert "2 skipped, not text" in said and "b.png (a picture)" in said
     for content, kind in ((b"%PDF-1.7\n", "a PDF"), (b"PK\x03\x04", "a zip archive")):
         Path("one").write_bytes(content)
         with pytest.raises(UserError, match=f"one is not text, it seems to be {kind}"):
@@ -276,6 +277,17 @@ def test_special_tokens_in_the_text_are_text_and_noted_or_read_as_such(
         said = capsys.readouterr().err
         assert ("<|endoftext|> in the text is ordinary text" in said) != special_tokens
         assert said.count("lines end in") == 1
+    prepare("marked", "marked.txt")
+    assert "<|endoftext|> in the text is no token of this tokenizer" in capsys.readouterr().err
+
+
+def test_documents_that_nothing_separates_are_noted(workdir, capsys):
+    write_rows("rows.jsonl", corpus(9))
+    for tokenizer, noted in (("char", True), ("bpe:260", False)):
+        prepare("rows", "rows.jsonl", tokenizer, val_share=0.5)
+        assert ("nothing separates documents" in capsys.readouterr().err) == noted
+    prepare("one", "tiny.txt")
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------ ids of one's own
@@ -641,6 +653,10 @@ def test_bad_rows_and_damaged_gzip_are_clear(workdir):
             "pairs for only 257 tokens: give more text, or a smaller bpe:N",
         ),
         (("x", "tiny.txt", "words"), "no tokenizer words"),
+        (("x", "tiny.txt", "ids"), r"no tokenizer ids: expected .* ids:N"),
+        (("x", "rows.txt", "ids:9"), "99 bytes: expected token ids of 2 bytes each, or a .npy"),
+        (("x", "tiny.txt", "char", 0.1, "body"), "--field is for .jsonl, .json, .csv and .tsv"),
+        (("x", "tiny.txt", "char", 0.1, "", True), "--tokenizer=char has no special tokens"),
         (("x", "tiny.txt", "bpe:"), r"bpe:N \(N > 256\)"),
         (("x", "tiny.txt", "bpe:256"), r"bpe:N \(N > 256\)"),
         (("x", "tiny.txt", "bpe:x"), r"bpe:N \(N > 256\)"),
@@ -649,6 +665,7 @@ def test_bad_rows_and_damaged_gzip_are_clear(workdir):
 def test_mistakes_are_clear(workdir, arguments, message):
     Path("empty.txt").touch()
     Path("short.txt").write_text("ten chars.")
+    Path("rows.txt").write_bytes(bytes(99))
     write_rows("rows.jsonl", corpus(9))
     with pytest.raises(UserError, match=message):
         prepare(*arguments)
@@ -662,14 +679,16 @@ def test_the_command_says_what_to_type(run):
         ),
         (
             ("mine", "tiny.txt"),
-            "unexpected argument tiny.txt: --help shows the usage",
+            "unexpected argument tiny.txt: --help shows the usage; a pattern such as *.txt needs quotes",
         ),
     ):
         done = run("prepare_data.py", *arguments)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     done = run("prepare_data.py", "mine", "--input", "tiny.txt")
     counts = "3,060 training and 340 validation tokens, vocabulary of 23 (char)"
-    assert done.stdout == f"data/mine: {counts}, from tiny.txt\n"
+    first = ["T", "o", " ", "b", "e", ",", " ", "o", "r", " ", "n", "o"]
+    expected = f"data/mine: {counts}, from tiny.txt\nthe first tokens: {first}\n"
+    assert done.stdout == expected
     assert done.returncode == 0 and done.stderr == ""
 
 

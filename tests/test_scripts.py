@@ -71,6 +71,8 @@ def test_mistakes_are_answered_before_any_work(call):
     assert "config/shakespeare.py" in fails(call("train.py"))  # the defaults' data is not here
     message = fails(call("prepare_data.py", "mine"))
     assert "only shakespeare and python_docs need no --input" in message
+    done = call("train.py", "--out_dir=nowhere")
+    assert "note: no run in nowhere to resume" in done.stderr and done.returncode == 2
     assert not Path("out").exists()
 
 

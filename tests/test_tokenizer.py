@@ -58,8 +58,8 @@ def test_end_of_text_separates_texts_and_is_text_where_it_is_written_out(gpt2_vo
 
 def test_an_unknown_character_is_named_and_a_way_out_is_given():
     message = (
-        r"'☃' \(U\+2603\) is not among the 3 characters of the training text; to allow any, prepare the text with "
-        "--tokenizer=byte"
+        r"'☃' \(U\+2603\) is not among the 3 characters of the training text: leave it out, "
+        "or prepare the text with --tokenizer=byte"
     )
     with pytest.raises(UserError, match=message):
         load_tokenizer({"tokenizer": "char", "chars": "abc"}).encode("abc☃")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_data
 import sample
 import train as train_module
 from model import GPTConfig, MiniGPT
@@ -271,8 +272,6 @@ def test_an_existing_run_is_never_overwritten(train, capsys):
     assert message in fails(capsys, train, n_layer=3)
     message = "was trained with optimizer adamw, not muon: give --optimizer=adamw"
     assert message in fails(capsys, train, optimizer="muon", max_iters=9)
-    import prepare_data
-
     Path("other.txt").write_text("something else " * 50)
     prepare_data.prepare("other", "other.txt")
     message = fails(capsys, train, dataset="other")
@@ -361,6 +360,13 @@ def test_a_new_run_can_begin_with_the_weights_of_another(train, capsys):
     assert "give --block_size=16" in fails(
         capsys, train, out_dir="other", init_from="out/a", block_size=8
     )
+    prepare_data.prepare("bytes", "tiny.txt", "byte")
+    Path("other.txt").write_text(Path("tiny.txt").read_text().replace("T", "X"))
+    prepare_data.prepare("as_many", "other.txt")
+    for dataset in ("bytes", "as_many"):
+        message = fails(capsys, train, out_dir="other", init_from="out/a", dataset=dataset)
+        assert f"data/{dataset} has other tokens than out/a" in message
+        assert "prepare it with --tokenizer=out/a" in message
 
 
 def test_checkpoints_can_be_kept_and_sampled_from(train, capsys):
