@@ -1,7 +1,7 @@
 """Run the commands of the README and of docs/ as they stand there, in turn, on small models: python .ci/readme.py TEXT
 
 In a copy of the repository whose config/shakespeare.py ends with a few steps of a small model. PATH and FILE stand for
-TEXT. What can't run here is in SKIPPED, with the reason.
+TEXT, codes.npy has ids. What can't run here is in SKIPPED, with the reason.
 """
 
 import os
@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SMALL = """
@@ -50,6 +52,7 @@ def main():
         ) as config:
             config.write(SMALL)
         (copy / "prompt.txt").write_text("ROMEO:", encoding="utf-8")
+        np.save(copy / "codes.npy", np.arange(40 * 16 * 16).reshape(40, 16, 16) % 1024)
         prepare = f"python prepare_data.py shakespeare --input {text}"
         for command in [
             prepare,
