@@ -7,7 +7,8 @@ python -m extras.look --out_dir=out/shakespeare --prompt="ROMEO:" --html=look.ht
 
 Run it in the repository. It takes the settings of sample.py, except --compile, and generates the
 same text. Colours appear in a terminal only. The picture has a map for each attention head. The
-page is one file that a browser opens offline; it shows predictions, attention and layers.
+page is one file that a browser opens offline; it shows predictions, attention and layers. For the
+step from text to ids, a model with --tokenizer=bpe:512 shows more than one of characters.
 """
 
 import base64
@@ -332,16 +333,19 @@ def write_page(model: MiniGPT, tokenizer: Tokenizer, source: str, s: Settings, p
     Raises UserError for a prompt longer than block_size or PAGE_TOKENS.
     """
     prompts = sample.read_prompts(s, tokenizer)
-    if len(prompts) > 1:
-        raise UserError("a page has one prompt: give --prompt once")
+    if len(prompts) > 1 or s.num_samples > 1:
+        raise UserError("a page has one text: give one prompt and no --num_samples")
     ids = tokenizer.encode(prompts[0])
     longest = min(PAGE_TOKENS, model.config.block_size)
     check_length(ids, longest)
-    s = replace(s, num_samples=1, max_new_tokens=min(s.max_new_tokens, longest - len(ids)))
+    s = replace(s, max_new_tokens=min(s.max_new_tokens, longest - len(ids)))
     (new,) = generate_texts(model, tokenizer, ids, s)
     data = page_data(model, tokenizer, ids + new)
     data["n_prompt"] = len(ids)
-    data["source"] = source
+    data["source"] = (
+        f"{source}; text drawn with temperature {s.temperature}, top_k {s.top_k}, top_p {s.top_p}, "
+        f"repetition_penalty {s.repetition_penalty}, seed {s.seed}"
+    )
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # in JSON a < can be escaped, so that no text can end the script element
     page = template.replace("{data}", json.dumps(data).replace("<", "\\u003c"))
@@ -364,4 +368,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__)
+    run_script(main, Settings, __doc__, positional="prompt")

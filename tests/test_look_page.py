@@ -194,8 +194,14 @@ def test_the_attention_shown_is_the_formula(browser, open_page, way):
         (box) => Number(box.style.getPropertyValue("--amount")))"""
     amounts = torch.tensor(browser.execute_script(script))
     expected = weights[7] if way == "from" else weights[:, 7]
-    torch.testing.assert_close(amounts[:-1], expected, atol=1 / 255, rtol=0)
-    assert "layer 1, head 1" in browser.find_element("id", "head").text
+    strongest = expected.max()
+    torch.testing.assert_close(amounts[:-1] * strongest, expected, atol=1 / 255, rtol=0)
+    percentage = browser.find_element("id", "legend").text.split()[-1]
+    assert float(percentage.strip("%")) / 100 == pytest.approx(strongest.item(), abs=1 / 255)
+    said = browser.find_element("id", "head").text
+    assert "layer 1, head 1" in said
+    previous = weights.diagonal(-1).mean().item()
+    assert f"on average {previous:.0%}"[:-2] in said
 
 
 def test_what_layers_say_is_the_head_on_their_output(browser, open_page):
@@ -205,11 +211,13 @@ def test_what_layers_say_is_the_head_on_their_output(browser, open_page):
     x = x[None]
     for layer, block in enumerate(model.h):
         x = block(x)
-        probs = (model.ln_f(x)[0, 4] @ model.wte.weight[:256].T).softmax(0)
+        probs_of_all = (model.ln_f(x)[0] @ model.wte.weight[:256].T).softmax(1)
+        probs = probs_of_all[4]
         p, token = probs.max(0)
         row = browser.find_elements("css selector", "#table tr")[3 + layer]
         name, *cells = row.find_elements("css selector", "th, td")
-        assert name.text == f"layer {layer} says"
+        right = (probs_of_all.argmax(1)[:-1] == ids[1:]).float().mean().item()
+        assert name.text == f"layer {layer} says ({100 * right:.0f}% right)"
         text = cells[5].get_attribute("textContent")
         assert text.endswith(f"{p:.1%}")
         assert text.startswith(look.visible(bytes([token])).replace(" ", "␣"))
@@ -237,14 +245,18 @@ def test_keys_and_clicks_move_and_pin(browser, open_page):
     press(browser, keys.ESCAPE)
     mouse.move_to_element(browser.find_element("id", "token3")).perform()
     assert current(browser) == 3
+    mouse.move_to_element(browser.find_element("tag name", "h1")).perform()
+    assert current(browser) == 9  # the one that was chosen
     # the heads and the sliders by keys alone
     browser.execute_script("document.querySelector('[name=head]').focus()")
-    press(browser, keys.ARROW_DOWN)
+    press(browser, keys.ARROW_RIGHT)
     assert "layer 0, head 0" in browser.find_element("id", "head").text
+    press(browser, keys.ARROW_DOWN)
+    assert "layer 1, head 0" in browser.find_element("id", "head").text
     browser.execute_script("document.getElementById('temperature').focus()")
     press(browser, keys.ARROW_LEFT)
     assert browser.find_element("css selector", "#temperature + output").text == "0.9"
-    assert current(browser) == 3
+    assert current(browser) == 9
 
 
 def test_a_hostile_text_is_shown_and_runs_nothing(browser, open_page):
