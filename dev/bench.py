@@ -204,6 +204,8 @@ def limit_of(s: Settings, name: str, rows: int, products: float, reading: float)
 def describe(device: torch.device) -> str:
     """The machine, torch and the date, in a line."""
     name = platform.processor()
+    if name == "":  # as in many containers
+        name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     kernels = torch.backends.cpu.get_cpu_capability()
