@@ -37,7 +37,8 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and the tokens before it.
 
-    Vaswani et al. 2017, section 3.2. `layer` says which keys and values of a cache are its own.
+    Vaswani et al. 2017, section 3.2. layer: the index of its block, by which it finds its keys and
+    values in a KVCache.
     """
 
     def __init__(self, config: GPTConfig, layer: int = 0):
@@ -56,6 +57,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
+        # Without a cache, is_causal hides later tokens. With one, the mask from the cache does.
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)  # (B, H, S, D): previous tokens and these
@@ -71,7 +73,7 @@ class CausalSelfAttention(nn.Module):
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=cache is None,  # with a cache, the mask says what a query sees
+            is_causal=cache is None,
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
@@ -116,25 +118,26 @@ class MiniGPT(nn.Module):
     """A GPT-2 language model (Radford et al. 2019).
 
     The embedding and the output head are padded to a multiple of 64 rows, a size that suits matrix
-    kernels. The padding is never predicted, sampled or trained.
+    kernels. The padding is never predicted or sampled, and gets no gradient.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute a block's activations when going backward
+        # recompute each block's activations in the backward pass; train.py may set it
+        self.activation_checkpointing = False
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
         self.wte = nn.Embedding(padded_vocab_size, config.n_embd)  # token embedding
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.init_weights()  # before there is a head: its weight would be drawn twice
+        self.init_weights()  # before lm_head: it shares wte's weight, which would be drawn twice
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # weight tying (Press & Wolf 2017)
 
     def init_weights(self) -> None:
-        """Draw all weights from N(0, 0.02) and set the biases to zero.
+        """Linear and Embedding weights: normal, with standard deviation 0.02. Biases: zero.
 
         The 2 n_layer projections that add to the residual stream get a smaller deviation, so that
         its variance does not grow with depth (Radford et al. 2019, section 2.3).
@@ -158,10 +161,11 @@ class MiniGPT(nn.Module):
 
         idx: (B, T) token ids. targets: (B, T), the id that follows each token, or -100 where the
         loss should ignore it. cache: the KVCache of the tokens before idx; idx is appended to it.
+        Give targets or a cache, not both.
 
         Returns (logits, loss). logits: (B, T, vocab_size), or with a cache (B, 1, vocab_size).
-        loss: the mean cross-entropy in nats, or None without targets. With targets the logits carry
-        no gradient: only the loss is differentiated, which makes a compiled step faster.
+        loss: the mean cross-entropy in nats, or None without targets. With targets the logits are
+        detached: backpropagate through the loss.
 
         Raises ValueError for no token or more than block_size tokens, and on the CPU for ids
         outside the vocabulary.
@@ -182,19 +186,21 @@ class MiniGPT(nn.Module):
             else:
                 x = block(x, cache)
         if cache is not None:
-            x = x[:, -1:]  # with a cache only the last token is continued
-        logits = self.lm_head(self.ln_f(x))  # (B, T, padded_vocab_size)
+            x = x[:, -1:]  # to generate text, only the last position's logits are needed
+        logits = self.lm_head(self.ln_f(x))  # (B, T or 1, padded_vocab_size)
         logits = logits[..., : self.config.vocab_size]
         if targets is None:
             return logits, None
         # in float32 also under autocast: bfloat16 would leave the loss two or three digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        # detached: otherwise a compiled step writes a gradient of zeros as large as the logits
         return logits.detach(), loss
 
     def check_ids(self, idx: torch.Tensor) -> None:
         """Raise ValueError for no token ids, and on a CPU for ids outside the vocabulary.
 
-        On a GPU, looking at the ids would force a synchronisation.
+        Without this check, ids in the padding of the embedding would pass unnoticed. On a GPU,
+        looking at the ids would force a synchronisation.
         """
         if idx.size(1) == 0:
             raise ValueError("no tokens: a sequence needs at least one")
@@ -210,22 +216,22 @@ class MiniGPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token (Chowdhery et al. 2022, appendix B).
 
-        A multiply-add is two operations, and for each one in the forward pass there are two in the
-        backward pass: 6 per weight. In each layer, q @ k and weights @ v take T C multiply-adds per
-        token each: 2 x 6 per layer. The positional embedding is only looked up.
+        A weight takes one multiply-add, which is 2 operations, in the forward pass, and twice that
+        in the backward pass: 6 in all. In each layer, q @ k and weights @ v take T C multiply-adds
+        each per token: 12 T C. The position embedding is only looked up.
         """
         n_weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        sizes = self.config
-        return 6 * n_weights + 12 * sizes.n_layer * sizes.n_embd * sizes.block_size
+        config = self.config
+        return 6 * n_weights + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 class KVCache:
     """The keys and values of all previous tokens, so that each token is computed only once.
 
     `keys` and `values` hold a tensor (B, H, size, D) per layer, allocated once and written in
-    place; the first `length` positions are filled. size is at most block_size, which is the
-    default. For new tokens, the model calls `advance` once, and then each layer calls `update`. Set
-    `length = 0` to start over.
+    place; the first `length` positions are filled. size: the most tokens it can hold, by default
+    block_size. For new tokens, the model calls `advance` once, which sets their `positions`, and
+    then each layer calls `update`. Set `length = 0` to start over.
     """
 
     def __init__(
@@ -240,7 +246,7 @@ class KVCache:
             size = config.block_size
         self.size = size
         self.length = 0
-        self.positions = torch.arange(0, device=device)  # of the tokens being computed
+        self.positions = torch.arange(0, device=device)
         shape = (batch_size, config.n_head, size, config.n_embd // config.n_head)
         layers = range(config.n_layer)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
@@ -264,16 +270,14 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Store a layer's keys and values, (B, H, T, D) each, where `advance` made room.
 
-        A prompt that all rows share may be computed as one row: it is stored in all of them.
-
         Returns the keys and values of all tokens so far, (B, H, S, D) each, and the mask (T, S),
         True where a query sees a key. A single query sees every key: its mask is None.
         """
-        rows, _, T, _ = k.shape
+        T = k.size(2)
         S = self.length
         self.keys[layer][:, :, S - T : S] = k
         self.values[layer][:, :, S - T : S] = v
         mask = None
         if T > 1:
             mask = torch.arange(S, device=k.device) <= self.positions[:, None]  # (T, S)
-        return self.keys[layer][:rows, :, :S], self.values[layer][:rows, :, :S], mask
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask

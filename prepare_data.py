@@ -13,9 +13,9 @@ Hugging Face hub. A file, gzipped or not, is one of these:
 - .csv or .tsv, with --field=COLUMN: rows, each a document
 
 --field=NAME takes another key of the objects. The tokenizer's end-of-text token separates
-documents. Up to 100 text files are split by position: the last tenth of the characters is for
-validation. Otherwise a hash of its text decides on the split of each document, so that adding
-documents moves none.
+documents. Up to 100 text files are split by position: the last tenth of the characters, or
+--val_share of them, is for validation. Otherwise a hash of its text decides on the split of each
+document, so that adding documents moves none.
 
 Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 for vocabularies
 of more than 65,536), and meta.json with the tokenizer. Until it has finished, the previous dataset
@@ -31,8 +31,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,8 +46,8 @@ from support.tokenizer import END_OF_TEXT, CharTokenizer, IdsTokenizer, Tokenize
 
 BATCH_CHARS = CHUNK_CHARS // 2  # encoded at a time by a thread
 BATCHES_AHEAD = 2 * (os.cpu_count() or 1)  # batches of a split that may wait for a thread
-SAMPLE_CHARS = 1 << 25  # what a BPE is learned from, at most
-MOST_FILES = 100  # text files that are split by position
+SAMPLE_CHARS = 1 << 25  # a BPE is learned from at most this many
+MAX_FILES = 100  # text files that are split by position
 
 
 @dataclass
@@ -66,16 +66,21 @@ class Settings:
     val_share: float = setting(0.1, "share of the text for validation", 0.001, 0.9)
 
 
-def ready_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer called name, or that of a folder; None if it has to be made from the text."""
-    is_bpe = re.fullmatch(r"bpe:\d+", name) and int(name.removeprefix("bpe:")) > 256
-    if name == "char" or is_bpe:
+def existing_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer called name, or that of a folder; None for one to be made from the text."""
+    if name == "char":
+        return None
+    bpe = re.fullmatch(r"bpe:(\d+)", name)
+    if bpe and int(bpe[1]) > 256:
         return None
     return find_tokenizer(name)
 
 
-def first_pass(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | None]:
-    """Read all text once: its number of characters, and its own tokenizer for char and bpe:N."""
+def first_pass(sources: list[Source], tokenizer: str, count: bool) -> tuple[int, Tokenizer | None]:
+    """Read the text once: its number of characters, and its own tokenizer for char and bpe:N.
+
+    Without count, reading ends when the tokenizer needs no more.
+    """
     n_chars = 0
     chars = set()
     sample = []
@@ -86,9 +91,11 @@ def first_pass(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | 
         n_chars += len(text)
         if tokenizer == "char":
             chars.update(text)
-        elif is_bpe and i % stride == 0:  # evenly spread
+        elif is_bpe and room > 0 and i % stride == 0:  # evenly spread, where the size is known
             sample.append(text[:room])
             room -= len(sample[-1])
+        if is_bpe and room == 0 and not count:
+            break
     if tokenizer == "char":
         return n_chars, CharTokenizer(sorted(chars))
     if is_bpe:
@@ -99,8 +106,10 @@ def first_pass(sources: list[Source], tokenizer: str) -> tuple[int, Tokenizer | 
 def split_by_position(pieces: Pieces, n_train: int) -> Iterator[tuple[str, bool, str]]:
     """Yield (split, is_new, text): the first n_train characters are for training."""
     for is_new, text in pieces:
-        yield "train", is_new, text[:n_train]
-        yield "val", is_new, text[n_train:]
+        if n_train > 0:
+            yield "train", is_new, text[:n_train]
+        if len(text) > n_train:
+            yield "val", is_new, text[n_train:]
         n_train = max(0, n_train - len(text))
 
 
@@ -115,7 +124,7 @@ def split_by_hash(pieces: Pieces, val_share: float) -> Iterator[tuple[str, bool,
 
 
 class TokenFile:
-    """Writes texts to a file as token ids, which the threads of pool make by encode(texts)."""
+    """Writes texts to a file as token ids. The threads of pool compute them by encode(texts)."""
 
     def __init__(self, file: BinaryIO, pool: Executor, encode: Callable):
         self.file = file
@@ -124,6 +133,7 @@ class TokenFile:
         self.batch = []  # (whether an end-of-text token comes first, text)
         self.batch_chars = 0
         self.encoded = deque()  # one future per batch, in order
+        self.n_documents = 0
         self.n_bytes = 0
         self.n_tokens = 0
 
@@ -131,6 +141,8 @@ class TokenFile:
         """Add a piece of text, with which a new document may begin."""
         if not text:
             return
+        if is_new:
+            self.n_documents += 1
         self.batch.append((is_new and self.n_bytes > 0, text))
         self.batch_chars += len(text)
         self.n_bytes += len(text.encode("utf-8"))
@@ -144,7 +156,7 @@ class TokenFile:
         self.batch_chars = 0
         while len(self.encoded) > ahead:
             ids = self.encoded.popleft().result()
-            self.file.write(ids)
+            self.file.write(ids.tobytes())
             self.n_tokens += len(ids)
 
     def finish(self) -> None:
@@ -152,6 +164,21 @@ class TokenFile:
         self.write()
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def notes_on(text: str, tokenizer: Tokenizer) -> set[str]:
+    """What the user should know about a piece of the text."""
+    notes = set()
+    if "\r\n" in text:
+        notes.add(r"lines end in \r\n, and the model learns that; sed 's/\r$//' cuts the \r")
+    if tokenizer.special_in_text:
+        return notes
+    for marker in {END_OF_TEXT, *tokenizer.special_tokens}:
+        if marker in text and marker in tokenizer.special_tokens:
+            notes.add(f"{marker} in the text is ordinary text without --special_tokens=True")
+        elif marker in text:
+            notes.add(f"{marker} in the text is no token of this tokenizer")
+    return notes
 
 
 def write_splits(
@@ -162,47 +189,35 @@ def write_splits(
 ) -> dict[str, str | int]:
     """Write the tokens of pieces to train.bin and val.bin in folder. Returns digest and counts."""
     dtype = token_dtype(tokenizer.vocab_size)
-    markers = set()  # special tokens that would be read as ordinary text
-    if not tokenizer.special_in_text:
-        markers = {END_OF_TEXT, *tokenizer.special_tokens}
-    notes = set()
-    local = threading.local()
-    digest = hashlib.sha256()
+    thread = threading.local()
+
+    def start_thread():
+        thread.tokenizer = load_tokenizer(tokenizer.meta)  # threads that share one are slower
 
     def encode(texts):
-        if not hasattr(local, "tokenizer"):  # one per thread: they would wait for each other
-            local.tokenizer = load_tokenizer(tokenizer.meta)
-        return local.tokenizer.encode_texts(texts).astype(dtype)
+        return thread.tokenizer.encode_texts(texts).astype(dtype)
 
+    digest = hashlib.sha256()
+    notes = set()
     with (
         open(folder / "train.bin", "wb") as train_file,
         open(folder / "val.bin", "wb") as val_file,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(workers, initializer=start_thread) as pool,
     ):
         train = TokenFile(train_file, pool, encode)
         val = TokenFile(val_file, pool, encode)
-        splits = {"train": train, "val": val}
         for split, is_new, text in pieces:
+            file = train if split == "train" else val
+            file.add(is_new, text)
             digest.update(text.encode("utf-8"))
-            if is_new and splits[split].n_bytes > 0 and tokenizer.eos_token is None:
-                notes.add(
-                    "nothing separates documents: this tokenizer has no end-of-text token, as "
-                    "bpe:4096 and gpt2 have"
-                )
-            splits[split].add(is_new, text)
-            if "\r\n" in text:
-                notes.add(
-                    r"lines end in \r\n, and the model learns that; sed 's/\r$//' cuts the \r"
-                )
-            for marker in markers:
-                if marker in text and marker in tokenizer.special_tokens:
-                    notes.add(
-                        f"{marker} in the text is ordinary text without --special_tokens=True"
-                    )
-                elif marker in text:
-                    notes.add(f"{marker} in the text is no token of this tokenizer")
+            notes |= notes_on(text, tokenizer)
         train.finish()
         val.finish()
+    if max(train.n_documents, val.n_documents) > 1 and tokenizer.eos_token is None:
+        notes.add(
+            "nothing separates documents: this tokenizer has no end-of-text token, as "
+            "bpe:4096 and gpt2 have"
+        )
     for note in sorted(notes):
         print(f"note: {note}", file=sys.stderr)
     if min(train.n_tokens, val.n_tokens) < 2:
@@ -221,21 +236,18 @@ def write_splits(
     }
 
 
-def replace_dataset(
-    name: str, source: str, tokenizer: Tokenizer, write: Callable[[Path], dict]
-) -> dict:
-    """Replace data/name by what write(folder) writes and describes. Returns the new meta."""
+@contextmanager
+def new_dataset(name: str) -> Iterator[Path]:
+    """A folder for new files. When they are complete, they replace those of data/name."""
     folder = DATA / name
     new = folder / "partial"
     new.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
-        meta = {"dataset": name, "source": source, **write(new), **tokenizer.meta}
-        write_json(new / "meta.json", meta)
+        yield new
         # While partial/meta.json is there, open_dataset refuses the dataset, so it is moved last.
         for file in ("train.bin", "val.bin", "meta.json"):
             os.replace(new / file, folder / file)
         shutil.rmtree(new)
-    return meta
 
 
 def prepare(
@@ -256,16 +268,16 @@ def prepare(
             "expected a plain name and a text: python prepare_data.py NAME --input PATH "
             f"(only {' and '.join(BUILT_IN)} need no --input)"
         )
-    text_tokenizer = ready_tokenizer(tokenizer)  # first: it may have to be downloaded
+    text_tokenizer = existing_tokenizer(tokenizer)  # first: it may have to be downloaded
     if isinstance(text_tokenizer, IdsTokenizer):
-        vocab_size = text_tokenizer.vocab_size
-        write = partial(write_ids, path=Path(input), vocab_size=vocab_size, val_share=val_share)
-        return replace_dataset(name, input, text_tokenizer, write)
+        with new_dataset(name) as folder:
+            counts = write_ids(folder, Path(input), text_tokenizer.vocab_size, val_share)
+            return write_meta(folder, name, input, text_tokenizer, counts)
 
     sources = find_sources(name, input, field)
-    by_position = len(sources) <= MOST_FILES and all(source.is_document for source in sources)
+    by_position = len(sources) <= MAX_FILES and all(source.is_document for source in sources)
     if by_position or text_tokenizer is None:
-        n_chars, own_tokenizer = first_pass(sources, tokenizer)
+        n_chars, own_tokenizer = first_pass(sources, tokenizer, count=by_position)
         if text_tokenizer is None:
             text_tokenizer = own_tokenizer
     if special_tokens and not text_tokenizer.special_tokens:
@@ -275,15 +287,25 @@ def prepare(
     text_tokenizer.special_in_text = special_tokens
     pieces = read_all(sources, "encoding")
     if by_position:
-        pieces = split_by_position(pieces, n_chars * round(1e6 * (1 - val_share)) // 10**6)
+        pieces = split_by_position(pieces, int(n_chars * (1 - val_share)))
     else:
         pieces = split_by_hash(pieces, val_share)
 
     source = sources[0].name if len(sources) == 1 else f"{len(sources)} files in {input}"
     if workers == 0:
         workers = os.cpu_count()
-    write = partial(write_splits, pieces=pieces, tokenizer=text_tokenizer, workers=workers)
-    return replace_dataset(name, source, text_tokenizer, write)
+    with new_dataset(name) as folder:
+        counts = write_splits(folder, pieces, text_tokenizer, workers)
+        return write_meta(folder, name, source, text_tokenizer, counts)
+
+
+def write_meta(
+    folder: Path, name: str, source: str, tokenizer: Tokenizer, counts: dict[str, str | int]
+) -> dict:
+    """Write meta.json, which describes a dataset, to folder. Returns what it says."""
+    meta = {"dataset": name, "source": source, **counts, **tokenizer.meta}
+    write_json(folder / "meta.json", meta)
+    return meta
 
 
 def main(s: Settings) -> None:
@@ -304,4 +326,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__, OSError, positional="name")
+    run_script(main, Settings, __doc__, positional="name", user_errors=(OSError,))

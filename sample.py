@@ -12,7 +12,6 @@ import codecs
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ class Settings:
     seed: int = setting(1337, "random seed: the same one generates the same text", 0)
     device: str = setting("auto", "cpu, cuda, mps, ...; auto is the best available")
     dtype: str = setting(
-        "auto", "number type of the weights", choices=("auto", "float32", "bfloat16", "float16")
+        "auto", "data type of the weights", choices=("auto", "float32", "bfloat16", "float16")
     )
     compile: bool = setting(
         False, "torch.compile the decoding step: for long texts on GPUs, slow to start"
@@ -136,7 +135,7 @@ def stream(
     if T == 0:
         raise ValueError("the prompt is empty: it needs at least one token")
     block_size = model.config.block_size
-    # cuDNN's attention would be planned again, for 20 to 40 ms, at each new length of the text.
+    # cuDNN would plan its attention again, which takes 20 to 40 ms, for each length of the text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     weight = next(model.parameters())
     size = min(block_size, T + max_new_tokens)  # of the cache, in tokens
@@ -148,15 +147,13 @@ def stream(
     done = torch.zeros(B, dtype=torch.bool, device=idx.device)
 
     uncached = idx[:, -block_size:]
-    if B > 1 and T > 1 and (idx == idx[0]).all():
-        uncached = uncached[:1]  # a prompt that all rows share is computed once
     for end in range(T, T + max_new_tokens):
         if cache.length + uncached.size(1) > block_size:
             cache.length = 0
             half = max(1, block_size // 2)
-            uncached = text[:, max(0, end - half) : end]
+            uncached = text[:, end - half : end]
         logits, _ = model(uncached, cache=cache)
-        logits = logits[:, -1].expand(B, -1)  # (B, vocab_size)
+        logits = logits[:, -1]  # (B, vocab_size)
         if repetition_penalty != 1.0:
             penalized = torch.where(
                 logits < 0, logits * repetition_penalty, logits / repetition_penalty
@@ -214,23 +211,23 @@ def load_model(
 
 
 def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, str]:
-    """(model on device, tokenizer, a line on what they are), of a run or pretrained, as s asks."""
+    """(model on device, tokenizer, description in a line), of a run or pretrained, as s asks."""
     if s.init_from:
-        source = s.init_from
-        tokenizer = load_pretrained_tokenizer(source)
+        description = s.init_from
+        tokenizer = load_pretrained_tokenizer(s.init_from)
         if tokenizer is None:
-            raise UserError(f"{source} has no tokenizer.json: without it there is no text")
-        model = load_pretrained(source, vocab_size=tokenizer.vocab_size)
+            raise UserError(f"{s.init_from} has no tokenizer.json: without it there is no text")
+        model = load_pretrained(s.init_from, vocab_size=tokenizer.vocab_size)
     else:
         path = find_checkpoint(s.out_dir, s.checkpoint)
         model, tokenizer, state = load_model(path, device)
-        source = f"{path}: step {state['step']}, trained on {state['tokenizer']['source']}"
+        description = f"{path}: step {state['step']}, trained on {state['tokenizer']['source']}"
     dtype = s.dtype
     if dtype == "auto":
         dtype = best_dtype(device) if device.type == "cuda" else "float32"
     model = model.to(device, getattr(torch, dtype))
     tokenizer.special_in_text = True  # who writes <|endoftext|> in a prompt means the token
-    return model, tokenizer, f"{source}; {device.type}, {dtype}"
+    return model, tokenizer, f"{description}; {device.type}, {dtype}"
 
 
 def read_prompts(s: Settings, tokenizer: Tokenizer) -> list[str]:
@@ -246,7 +243,7 @@ def read_prompts(s: Settings, tokenizer: Tokenizer) -> list[str]:
                 file=sys.stderr,
             )
     elif s.prompt_file:
-        source = 0 if s.prompt_file == "-" else s.prompt_file
+        source = 0 if s.prompt_file == "-" else s.prompt_file  # 0 is standard input
         problem = f"can't read the prompt in {s.prompt_file}"
         with (
             user_error(problem, OSError, UnicodeDecodeError),
@@ -263,9 +260,12 @@ def read_prompts(s: Settings, tokenizer: Tokenizer) -> list[str]:
 
 def default_prompt(tokenizer: Tokenizer) -> str:
     """A line break, or the first token where the tokenizer has none."""
-    with suppress(UserError):  # what a character tokenizer raises for an unknown character
-        if tokenizer.encode("\n"):
-            return "\n"
+    try:
+        ids = tokenizer.encode("\n")
+    except UserError:  # a character tokenizer that does not know it
+        ids = []
+    if ids:
+        return "\n"
     return tokenizer.decode([0])
 
 
@@ -320,7 +320,7 @@ def print_samples(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings
 
 def main(s: Settings) -> None:
     device = pick_device(s.device)
-    model, tokenizer, source = open_model(s, device)
+    model, tokenizer, description = open_model(s, device)
     prompts = read_prompts(s, tokenizer)
     if s.compile:
         model = CompiledDecoder(model)
@@ -341,7 +341,7 @@ def main(s: Settings) -> None:
             file=sys.stderr,
         )
     print(
-        f"{source}; {n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s",
+        f"{description}; {n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} tokens/s",
         file=sys.stderr,
     )
 

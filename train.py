@@ -25,21 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
-from support.checkpoint import (
-    RANDOM_INIT,
-    Run,
-    find_checkpoint,
-    model_from_checkpoint,
-    previous_settings,
-    read_checkpoint,
-)
+from support.checkpoint import RANDOM_INIT, Run, model_from_checkpoint, previous_settings
 from support.dataset import DATA, open_dataset
 from support.kernels import choose_kernels
 from support.muon import Muon
-from support.pretrained import HUB, check_same_tokens, load_pretrained
-from support.runtime import Ranks, StopSignals, advice, best_dtype, compile_now, mfu, share
+from support.pretrained import HUB, ignored_sizes, load_weights_of
+from support.runtime import Ranks, StopSignals, advice, compile_now, mfu, precision, share
 from support.settings import UserError, run_script, setting, user_error
-from support.tokenizer import load_tokenizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each
 
@@ -54,9 +46,9 @@ class Settings:
     seed: int = setting(1337, "random seed for initial weights, batches and dropout", 0, 2**63 - 1)
     # data
     dataset: str = setting("openwebtext", "folder in data/, made by prepare_data.py")
-    batch_size: int = setting(12, "most sequences per micro-batch", 1, 1 << 24)
+    batch_size: int = setting(12, "sequences per micro-batch, at most", 1, 1 << 24)
     gradient_accumulation_steps: int = setting(
-        40, "times batch_size, the sequences per step", 1, 1 << 24
+        40, "micro-batches per step, over all ranks", 1, 1 << 24
     )
     block_size: int = setting(1024, "context length: tokens per sequence", 1, 1 << 24)
     # model
@@ -95,27 +87,27 @@ class Settings:
     save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", 0)
     keep_interval: int = setting(0, "steps between checkpoints that are kept, 0 for none", 0)
     save_minutes: float = setting(
-        10.0, "most minutes between saves, 0 to save after every step", 0.0
+        10.0, "minutes between saves, at most; 0 to save after every step", 0.0
     )
     log_interval: int = setting(10, "steps between log lines", 1)
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best available")
     dtype: str = setting(
-        "auto", "number type of matrix products", choices=("auto", "float32", "bfloat16", "float16")
+        "auto", "data type of matrix products", choices=("auto", "float32", "bfloat16", "float16")
     )
     compile: bool = setting(True, "torch.compile the model: slow to start, then faster")
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, slower"
     )
-    deterministic: bool = setting(False, "the same bits in every run, even where that is slower")
+    deterministic: bool = setting(False, "bitwise the same results in every run, maybe slower")
     backend: str = setting(
         "auto", "of torch.distributed; auto is nccl on GPUs", choices=("auto", "nccl", "gloo")
     )
     timeout: int = setting(600, "seconds that a rank waits for another", 1)
 
     def __post_init__(self):
-        self.given = asdict(self)  # before None is replaced: what a checkpoint remembers
-        resuming = Path(self.out_dir, "last.pt").exists()  # then init_from may be gone
+        self.given = asdict(self)  # with None as it is: what a checkpoint remembers
+        resuming = Path(self.out_dir, "last.pt").exists()  # init_from is not read, and may be gone
         known = RANDOM_INIT + HUB
         if self.init_from not in known and not Path(self.init_from).exists() and not resuming:
             raise UserError(
@@ -163,7 +155,7 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
     matrices = []
     vectors = []
     muon_matrices = []
-    muon_qkv = []  # Q, K and V stacked: Muon treats the three separately
+    muon_qkv = []  # Q, K and V in one: Muon treats the three separately
     for name, p in model.named_parameters():
         if p.dim() < 2:
             vectors.append(p)
@@ -183,6 +175,7 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
     }
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
+    # splits: the number of matrices stacked in a parameter; Muon uses AdamW where it is not given
     groups.append({"params": muon_matrices, "splits": 1})
     groups.append({"params": muon_qkv, "splits": 3})
     return Muon(groups, **options)
@@ -215,9 +208,15 @@ def training_batch(
     They depend on nothing but the seed, the step and their place in the batch: neither on the
     number of ranks nor on where the run was interrupted.
     """
-    random = np.random.default_rng((seed, step))
-    starts = random.integers(len(tokens) - config.block_size, size=first + n)
+    rng = np.random.default_rng((seed, step))
+    # drawn from the beginning of the global batch, whoever takes which part
+    starts = rng.integers(len(tokens) - config.block_size, size=first + n)
     return load_windows(tokens, starts[first:], config)
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """A seed of its own for each micro-batch, so that a resumed run draws the same masks."""
+    return int(np.random.SeedSequence((seed, step, micro_step, rank)).generate_state(1)[0])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -253,25 +252,25 @@ def evaluate(
     n = n_windows
     if eval_iters > 0:
         n = min(n_windows, eval_iters * batch_size)
-    windows = np.arange(n) * n_windows // n
+    windows = np.arange(n) * n_windows // n  # the numbers of n windows, evenly spaced
     starts = windows * config.block_size
     # The logits of a batch in float32 stay within 1 GB.
-    most_rows = max(1, 2**28 // (config.block_size * config.vocab_size))
-    batches = np.array_split(starts, math.ceil(n / min(batch_size, most_rows)))
+    max_rows = max(1, 2**28 // (config.block_size * config.vocab_size))
+    batches = np.array_split(starts, math.ceil(n / min(batch_size, max_rows)))
 
     total = torch.zeros((), device=device)
     shown = time.monotonic()
     model.eval()
     for first in range(0, len(batches), n_ranks):
-        # Where batches run out, a rank evaluates the last one again and does not count it: every
-        # rank has to run the model equally often, or those of a sharded model wait forever.
+        # Where batches run out, a rank evaluates the last one again and does not count it. The
+        # ranks wait for each other in agreed(), and in the model if it is sharded (forks/fsdp).
         index = first + rank
         batch = batches[min(index, len(batches) - 1)]
         x, y = to_device(load_windows(tokens, batch, config), device)
         _, loss = model(x, y)
         if index < len(batches):
             total += loss * len(batch)
-        if signals is not None and signals.agreed():
+        if signals is not None and signals.agreed() > 0:
             model.train()
             return None
         if ranks is not None and time.monotonic() > shown + 10:
@@ -301,54 +300,33 @@ def ensure_dataset(name: str) -> str:
         return ensure_dataset("python_docs")
 
 
+def random_model(s: Settings, vocab_size: int) -> MiniGPT:
+    """A model of the sizes in s, with random weights."""
+    return MiniGPT(
+        GPTConfig(
+            block_size=s.block_size,
+            vocab_size=vocab_size,
+            n_layer=s.n_layer,
+            n_head=s.n_head,
+            n_embd=s.n_embd,
+            dropout=s.dropout,
+            bias=s.bias,
+        )
+    )
+
+
 def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
     """A model to begin a run with: random weights, those of another run, or pretrained ones.
 
-    The last two keep their own block_size unless another than the default was chosen. Raises
+    The last two keep their own block_size, unless one other than the default was chosen. Raises
     UserError where the model does not fit that or the dataset that meta describes.
     """
     if init_from in RANDOM_INIT:
-        return MiniGPT(
-            GPTConfig(
-                block_size=s.block_size,
-                vocab_size=meta["vocab_size"],
-                n_layer=s.n_layer,
-                n_head=s.n_head,
-                n_embd=s.n_embd,
-                dropout=s.dropout,
-                bias=s.bias,
-            )
-        )
+        return random_model(s, meta["vocab_size"])
     block_size = None
     if s.block_size != Settings.block_size:
         block_size = s.block_size
-    path = Path(init_from)
-    if path.is_file() or (path / "last.pt").is_file():
-        path = find_checkpoint(init_from)
-        state = read_checkpoint(path)
-        model = model_from_checkpoint(state, path, s.dropout)
-        check_same_tokens(init_from, meta, load_tokenizer(state["tokenizer"]))
-        if block_size not in (None, model.config.block_size):
-            raise UserError(
-                f"{path} has a block_size of {model.config.block_size}: "
-                f"give --block_size={model.config.block_size}"
-            )
-        return model
-    check_same_tokens(init_from, meta)
-    return load_pretrained(init_from, block_size, s.dropout, meta["vocab_size"]).train()
-
-
-def ignored_sizes(model: MiniGPT, s: Settings) -> list[str]:
-    """The settings, as "name=value", that the user chose and that differ from model's sizes."""
-    ignored = []
-    for name, own in asdict(model.config).items():
-        if name == "vocab_size":  # comes from the dataset
-            continue
-        chosen = getattr(s, name)
-        is_default = chosen == getattr(Settings, name)
-        if chosen != own and not is_default:
-            ignored.append(f"{name}={chosen}")
-    return ignored
+    return load_weights_of(init_from, block_size, s.dropout, meta)
 
 
 def checkpoint_state(
@@ -366,7 +344,7 @@ def checkpoint_state(
         "scaler": scaler.state_dict(),
         "config": s.given,
         "model_args": asdict(model.config),
-        "tokenizer": meta,
+        "tokenizer": meta,  # the dataset's, which describe its tokenizer
         **progress,
     }
 
@@ -376,7 +354,7 @@ def metrics_of(val_loss: float, meta: dict[str, Any]) -> dict[str, float]:
 
     Only the last can be compared across tokenizers.
     """
-    values = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700))}
+    values = {"val_loss": val_loss, "perplexity": math.exp(min(val_loss, 700))}  # exp overflows
     if "val_bytes" in meta:
         tokens_per_byte = meta["val_tokens"] / meta["val_bytes"]
         values["bits_per_byte"] = val_loss / math.log(2) * tokens_per_byte
@@ -401,20 +379,15 @@ def main(s: Settings) -> None:
     ranks = Ranks(s.device, s.backend, s.timeout)
     device = ranks.device
     micro_batch_size, micro_steps = share(s.batch_size, s.gradient_accumulation_steps, ranks.size)
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = best_dtype(device)
-    autocast = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
-    n_scores = micro_batch_size * s.n_head * s.block_size**2
-    choose_kernels(device, dtype, n_scores, s.deterministic)
+    dtype, autocast = precision(s.dtype, device)
 
     # data
-    dataset = ranks.from_first(ensure_dataset, s.dataset)
+    dataset = ranks.run_on_first(ensure_dataset, s.dataset)
     train_tokens, val_tokens, meta = open_dataset(dataset, s.block_size)
 
     # model: that of the run in out_dir, or a new one
     run = Run(s.out_dir, ranks, read_only=s.eval_only)
-    state = run.resume(s.init_from)
+    state = run.load(s.init_from)
     torch.manual_seed(s.seed)
     if state is not None:
         run.check(state, meta, s.given)
@@ -423,11 +396,15 @@ def main(s: Settings) -> None:
     else:
         init_from = s.init_from
         model = initial_model(init_from, s, meta)
-        ignored = ignored_sizes(model, s)
+        ignored = ignored_sizes(model.config, s)
         if ignored:
             ranks.say(f"ignored: {', '.join(ignored)}; the model of {init_from} has its own sizes")
     model.activation_checkpointing = s.activation_checkpointing
     model.to(device)
+    config = model.config
+    n_scores = micro_batch_size * config.n_head * config.block_size**2  # of attention, per layer
+    choose_kernels(device, dtype, n_scores, s.deterministic)
+
     optimizer = make_optimizer(model, s)
     # The scaler skips steps whose gradient is not finite. In float16 it also multiplies the loss,
     # so that small gradients stay above zero (Micikevicius et al. 2018); otherwise by 1.
@@ -441,8 +418,8 @@ def main(s: Settings) -> None:
     seconds = 0.0
     if state is not None:
         # The moments are those of the run; learning rate, betas, ... are those of this command.
-        own_groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": own_groups})
+        state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"])
         if scaling and state["scaler"]["scale"] > 1:  # 1 if the run was not in float16
             scaler.load_state_dict(state["scaler"])
         step = state["step"]
@@ -452,10 +429,10 @@ def main(s: Settings) -> None:
         seconds = state["seconds"]
     del state  # as large as the model and its optimiser
 
-    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * config.block_size
     epochs = s.max_iters * tokens_per_step / len(train_tokens)
     ranks.say(
-        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}\n"
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {config}\n"
         f"data: {meta['dataset']}, from {meta['source']}\n"
         f"      {len(train_tokens):,} training tokens, vocabulary of {meta['vocab_size']:,}\n"
         f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, "
@@ -465,14 +442,21 @@ def main(s: Settings) -> None:
     )
     if epochs > 20:
         ranks.say("     more than 20 epochs may overfit: docs/your_text.md has better numbers")
+    if s.eval_only:
+        with autocast:
+            val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks)
+        run.log(step, s.max_iters, **metrics_of(val_loss, meta))
+        ranks.leave()
+        return
     stopped_early = 0 < s.patience <= worse_evals
-    if not s.eval_only and (stopped_early or evaluated >= s.max_iters):
+    if stopped_early or evaluated >= s.max_iters:
         ranks.say(
             f"nothing to train: {run.folder} is finished at step {step}, "
             f"with a loss of {best_val_loss:.4f}\n"
             f"to train longer raise --max_iters, to start over delete {run.folder}"
         )
-        return ranks.leave()
+        ranks.leave()
+        return
 
     # A training step calls network: model, compiled and in DDP. Both share their weights, and model
     # itself is evaluated and saved.
@@ -482,14 +466,15 @@ def main(s: Settings) -> None:
         network = torch.compile(model, options=options)
     if ranks.size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    if s.compile and not s.eval_only:
-        batch = training_batch(train_tokens, model.config, s.seed, 0, 0, micro_batch_size)
+    if s.compile:
+        batch = training_batch(train_tokens, config, s.seed, 0, 0, micro_batch_size)
         compile_now(network, model, to_device(batch, device), autocast, ranks)
 
     signals = StopSignals(ranks)
     run.start(step, evaluated, seconds)
-    log_step = step
-    log_time = time.perf_counter()  # moved forward by each pause: only training counts
+    log_step = step  # of the last log line
+    log_time = time.perf_counter()
+    paused = 0.0  # seconds since then that were not spent on training
     eval_seconds = 0.0
     fastest = 0.0  # tokens per second
     not_finite = 0  # log lines in a row
@@ -508,57 +493,59 @@ def main(s: Settings) -> None:
         run.save(checkpoint_state(model, optimizer, scaler, s, meta, **progress))
 
     while True:
-        # Save, stop and evaluate where due, then train one step. All ranks agree on what is due.
-        pause = time.perf_counter()
-        overdue = run.minutes_unsaved() > s.save_minutes
-        stop_signal, overdue = ranks.maximum(signals.received, overdue)  # 0: none
+        # What is due? All ranks come to the same answer.
+        pause_start = time.perf_counter()
+        stop_signal = signals.agreed()
+        overdue = ranks.any(run.minutes_unsaved() > s.save_minutes)
         finished = step >= s.max_iters
         evaluating = evaluated < step and (finished or due(step, s.eval_interval))
         keeping = due(step, s.keep_interval)
         saving = stop_signal or overdue or evaluating or keeping or due(step, s.save_interval)
-        if saving and run.saved_step < step and not s.eval_only:
-            save()  # before the evaluation, which may take long and be interrupted
+
+        # Save first: an evaluation may take long, and be interrupted.
+        if saving and run.saved_step < step:
+            save()
         if keeping:
             run.link_last_as(f"step_{step:07}.pt")
         if stop_signal:
             break
-        if evaluating or s.eval_only:
+
+        # Evaluate.
+        if evaluating:
             with autocast:
                 val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks, signals)
             if val_loss is None:
-                continue  # a signal was received: stop now, evaluate after the resume
+                continue  # interrupted by a signal, at which the next turn stops
             evaluated = step
-            worse_evals += 1
             if val_loss < best_val_loss:
                 best_val_loss = val_loss
                 worse_evals = 0
                 run.link_last_as("best.pt")
+            else:
+                worse_evals += 1
             run.log(step, s.max_iters, **metrics_of(val_loss, meta))
             if worse_evals == 2 and not s.patience:
                 ranks.say(
                     f"no better than {best_val_loss:.4f} at two evaluations in a row: best.pt has "
                     "the best weights; --patience=2 would stop here, fewer --max_iters earlier"
                 )
-            eval_seconds = time.perf_counter() - pause
+            eval_seconds = time.perf_counter() - pause_start
         stopped_early = 0 < s.patience <= worse_evals
-        if finished or stopped_early or s.eval_only:
+        if finished or stopped_early:
             break
-        log_time += time.perf_counter() - pause
+        paused += time.perf_counter() - pause_start
 
-        # train one step
+        # Train one step.
         lr = learning_rate(step, s)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             first = (micro_step * ranks.size + ranks.rank) * micro_batch_size
-            batch = training_batch(
-                train_tokens, model.config, s.seed, step, first, micro_batch_size
-            )
+            batch = training_batch(train_tokens, config, s.seed, step, first, micro_batch_size)
             x, y = to_device(batch, device)
-            if s.dropout > 0:  # dropout draws the same masks after a resume
-                seeds = np.random.SeedSequence((s.seed, step, micro_step, ranks.rank))
-                torch.manual_seed(int(seeds.generate_state(1)[0]))
+            if s.dropout > 0:
+                torch.manual_seed(dropout_seed(s.seed, step, micro_step, ranks.rank))
             gradient_sync = nullcontext()
             if ranks.size > 1 and micro_step < micro_steps - 1:
                 gradient_sync = network.no_sync()  # all-reduce after the last micro-batch only
@@ -570,26 +557,29 @@ def main(s: Settings) -> None:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)  # skipped where the gradient is not finite
-        scaler.update(None if scaling else 1.0)
+        scaler.update(None if scaling else 1.0)  # outside float16 the scale stays 1
         model.zero_grad()
         skipped += grad_norm.isfinite().logical_not()  # stays on the device
         step += 1
 
-        if step == 1 or step % s.log_interval == 0:
+        # Log.
+        if step == 1 or due(step, s.log_interval):
             loss = ranks.sum(loss).item() / ranks.size  # waits for the device
             grad_norm = grad_norm.item()
             now = time.perf_counter()
-            step_seconds = (now - log_time) / (step - log_step)
+            step_seconds = (now - log_time - paused) / (step - log_step)
             log_time = now
             log_step = step
+            paused = 0.0
             tokens_per_sec = tokens_per_step / step_seconds
-            flops_per_sec = tokens_per_sec * model.flops_per_token() / ranks.size
+            flops_per_rank = tokens_per_sec * model.flops_per_token() / ranks.size
             note = time_left(step, s, step_seconds, eval_seconds)
             fastest = max(fastest, tokens_per_sec)
             if device.type == "cpu" and tokens_per_sec < fastest / 2:
                 note += " | slowed down: if the cores are shared, set OMP_WAIT_POLICY=passive"
             if skipped > 0:
                 note += f" | {int(skipped)} skipped: gradient not finite"
+                skipped.zero_()
             run.log(
                 step,
                 s.max_iters,
@@ -599,7 +589,7 @@ def main(s: Settings) -> None:
                 grad_norm=grad_norm,
                 tokens_per_sec=tokens_per_sec,
                 ms_per_step=1000 * step_seconds,
-                mfu=mfu(flops_per_sec, device),
+                mfu=mfu(flops_per_rank, device),
             )
             not_finite += 1
             if math.isfinite(loss) and (scaling or math.isfinite(grad_norm)):
@@ -610,24 +600,23 @@ def main(s: Settings) -> None:
                     f"{run.way_back()}"
                 )
 
-    if not stop_signal and not s.eval_only:
+    if not stop_signal:
         save()  # now with the last evaluation
     signals.restore()
     if run.unsaved:
         names = " and ".join(sorted(run.unsaved))
         raise UserError(f"{names} could not be saved in {run.folder}: see above")
-    if stop_signal and not s.eval_only:
+    if stop_signal:
         ranks.say(f"interrupted: saved at step {step}; run the same command to resume")
-    elif not s.eval_only:
+    else:
         early = ", stopped early" if stopped_early else ""
         ranks.say(f"done: best validation loss {best_val_loss:.4f}{early}")
         ranks.say(f"next: python sample.py --out_dir={s.out_dir}")
     ranks.leave()
     if stop_signal:
-        # so that a shell or torchrun sees why this process ended
-        signal.raise_signal(int(stop_signal))
+        signal.raise_signal(stop_signal)  # so that a shell or torchrun sees why this process ended
 
 
 if __name__ == "__main__":
-    # record lets torchrun say which rank failed, and why
-    record(run_script)(main, Settings, __doc__, previous=previous_settings)
+    script = record(run_script)  # record lets torchrun say which rank failed, and why
+    script(main, Settings, __doc__, previous=previous_settings)

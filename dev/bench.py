@@ -11,6 +11,7 @@ that none finds memory, threads or compiled code of another. What warms up or co
 """
 
 import json
+import math
 import platform
 import runpy
 import sys
@@ -30,13 +31,14 @@ from model import GPTConfig, MiniGPT
 from sample import generate
 from support.fast import CompiledDecoder, pack
 from support.kernels import choose_kernels
-from support.runtime import best_dtype, cpu_features, pick_device
+from support.runtime import cpu_features, pick_device, precision
 from support.settings import UserError, optional, run_script, setting
 
-BABY = GPTConfig(256, 65, 6, 6, 384, bias=False)
-GPT2 = GPTConfig(1024, 50257, 12, 12, 768, bias=False)
+CHAR = GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False)
+BABY = GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False)
+GPT2 = GPTConfig(bias=False)
 WORK = {  # name: (model, sequences at a time on a CPU, on a GPU, tokens to decode or 0 to train)
-    "train:char": (GPTConfig(64, 65, 4, 4, 128, bias=False), 12, 12, 0),
+    "train:char": (CHAR, 12, 12, 0),
     "train:baby": (BABY, 16, 64, 0),
     "train:gpt2": (GPT2, 1, 12, 0),
     "decode:baby": (BABY, 1, 1, 500),
@@ -86,7 +88,7 @@ def build(program: str, config: GPTConfig, s: Settings) -> torch.nn.Module:
     if program == "nanoGPT":
         theirs = runpy.run_path(f"{s.nanogpt}/model.py", run_name="nanogpt")
         sizes = asdict(config)
-        sizes["vocab_size"] = -(-config.vocab_size // 64) * 64  # as its train.py pads GPT-2's
+        sizes["vocab_size"] = math.ceil(config.vocab_size / 64) * 64  # as its train.py does
         return theirs["GPT"](theirs["GPTConfig"](**sizes))
     transformers = optional("transformers")
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -97,19 +99,22 @@ def build(program: str, config: GPTConfig, s: Settings) -> torch.nn.Module:
     return transformers.GPT2LMHeadModel(hf_config)
 
 
+def dtype_of(s: Settings, program: str, device: torch.device) -> str:
+    """The number type in which a program trains."""
+    if program != "MiniGPT" and device.type == "cpu":
+        return "float32"
+    return precision(s.dtype, device)[0]
+
+
 def training_step(
     s: Settings, program: str, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> Callable[[], None]:
     """A function that trains program's model for one step on inputs x and targets y."""
     device = x.device
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = best_dtype(device)
+    dtype = dtype_of(s, program, device)
     if program == "MiniGPT":
         optimizer = train.make_optimizer(model, train.Settings())
         choose_kernels(device, dtype, len(x) * model.config.n_head * x.size(1) ** 2)
-    elif device.type == "cpu":
-        dtype = "float32"
     if program == "nanoGPT":
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
     if program == "transformers":
@@ -120,7 +125,7 @@ def training_step(
     network = model
     if device.type == "cuda":
         network = torch.compile(model)
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    _, autocast = precision(dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
     def step():
@@ -175,9 +180,7 @@ def measure(s: Settings, name: str, program: str) -> float:
 
 def limits(s: Settings, device: torch.device) -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s of reading) of the machine."""
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = best_dtype(device)
+    dtype, _ = precision(s.dtype, device)
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     ones = torch.ones(2**28, device=device)
@@ -246,7 +249,10 @@ def main(s: Settings) -> None:
                     speed = process.submit(measure, s, name, program).result()
                 speeds[program].append(speed)
                 if s.file:
-                    line = {"machine": machine, "work": name, "rows": rows, "dtype": s.dtype}
+                    dtype = dtype_of(s, program, device)
+                    if WORK[name][3] > 0:
+                        dtype = s.decode_dtype
+                    line = {"machine": machine, "work": name, "rows": rows, "dtype": dtype}
                     line |= {"program": program, "tokens_per_sec": speed}
                     with open(s.file, "a", encoding="utf-8", newline="\n") as file:
                         file.write(json.dumps(line) + "\n")

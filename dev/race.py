@@ -36,6 +36,12 @@ NANOGPT_CPU = (
     "--warmup_iters=100 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --eval_interval=250 "
     "--log_interval=10 --device=cpu --dtype=float32 --compile=False"
 )
+NANOGPT_GPU = (
+    "--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64 "
+    "--gradient_accumulation_steps=1 --dropout=0.2 --max_iters=5000 --lr_decay_iters=5000 "
+    "--warmup_iters=100 --learning_rate=1e-3 --min_lr=1e-4 --beta2=0.99 --eval_interval=250 "
+    "--log_interval=10"
+)
 
 
 @dataclass
@@ -111,7 +117,8 @@ def differences(s: Settings, flags: list[str]) -> str:
     ours = asdict(read_settings(train.Settings, flags, ""))
     if ours["dtype"] == "auto":
         ours["dtype"] = best_dtype(pick_device(s.device))
-    words = [flags[0], "--dataset=shakespeare", "--eval_iters=40", *NANOGPT_CPU.split()]
+    theirs = s.nanogpt_flags or NANOGPT_GPU
+    words = [flags[0], "--dataset=shakespeare", "--eval_iters=40", *theirs.split()]
     base = asdict(read_settings(train.Settings, words, ""))
     changes = [f"{k} {v}, not {base[k]}" for k, v in ours.items() if v != base[k]]
     return ", ".join(changes) if changes else "nothing"

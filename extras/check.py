@@ -17,7 +17,7 @@ import torch
 
 from model import MiniGPT
 from support.dataset import open_dataset
-from support.runtime import advice, best_dtype, pick_device
+from support.runtime import advice, pick_device, precision
 from support.settings import UserError, run_script
 from train import (
     Settings,
@@ -127,10 +127,7 @@ def check(s: Settings) -> float:
     steps = min(s.max_iters, 200)
     s = replace(s, dropout=0.0, max_iters=steps, lr_decay_iters=steps, warmup_iters=steps // 10)
     device = pick_device(s.device)
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = best_dtype(device)
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    _, autocast = precision(s.dtype, device)
     tokens, _, meta = open_dataset(ensure_dataset(s.dataset), s.block_size)
     torch.manual_seed(s.seed)
     model = initial_model(s.init_from, s, meta).to(device)

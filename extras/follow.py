@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extras.plot import Records, read_metrics
-from support.settings import optional, run_script, setting
+from support.settings import UserError, optional, run_script, setting
 
 
 @dataclass
@@ -57,7 +57,12 @@ def main(s: Settings) -> None:
     write = None
     written = []
     while True:
-        records = read_metrics(s.out_dir)
+        try:
+            records = read_metrics(s.out_dir)
+        except UserError:
+            if not s.follow or not Path(s.out_dir).is_dir():
+                raise
+            records = []  # the run has not logged yet
         if write is None or records[: len(written)] != written:
             write = opener(s.out_dir)  # a resumed run has cut off what it will log again
             written = []
@@ -69,4 +74,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__, OSError, positional="out_dir")
+    run_script(main, Settings, __doc__, positional="out_dir", user_errors=(OSError,))

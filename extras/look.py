@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -129,8 +129,12 @@ def visible(token: bytes) -> str:
 def paint(text: str, probability: float) -> str:
     """text in black on a colour for its probability, from green (likely) to red (unlikely)."""
     code = next(color for low, color in COLORS if probability >= low)
-    lines = text.split("\n")  # a new line in colour would fill the rest of the line with it
-    return "\n".join(f"\033[30;48;5;{code}m{line}\033[0m" if line else "" for line in lines)
+    painted = []
+    for line in text.split("\n"):  # a new line in colour would fill the rest of the line with it
+        if line:
+            line = f"\033[30;48;5;{code}m{line}\033[0m"
+        painted.append(line)
+    return "\n".join(painted)
 
 
 def describe_choice(probs: torch.Tensor, token: int, n: int, tokenizer: Tokenizer) -> str:
@@ -187,8 +191,10 @@ def show_text(
     # a character may be several tokens: the decoder holds their bytes back until it is complete
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(prompt, end="")
-    predictions = islice(logits, len(ids) - 1, None)  # from the one that the last of ids made
-    for token, prediction in zip(new, predictions, strict=False):  # nobody knows what comes last
+    for i, prediction in enumerate(logits, start=1):  # of the token i
+        if i < len(ids) or i == len(ids) + len(new):
+            continue
+        token = new[i - len(ids)]
         probs = sample.next_token_probs(prediction)
         text = decoder.decode(tokenizer.decode_bytes([token]))
         if is_colored():
@@ -356,6 +362,8 @@ def write_page(model: MiniGPT, tokenizer: Tokenizer, source: str, s: Settings, p
 
 
 def main(s: Settings) -> None:
+    if s.compile:
+        raise UserError("--compile is for sample.py: here it has no effect")
     model, tokenizer, source = sample.open_model(s, pick_device(s.device))
     if s.html:
         write_page(model, tokenizer, source, s, Path(s.html))

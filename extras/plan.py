@@ -14,10 +14,10 @@ from datetime import timedelta
 import torch
 
 import train
-from model import GPTConfig, MiniGPT
+from model import MiniGPT
 from support.dataset import DATA, open_dataset
 from support.kernels import choose_kernels
-from support.runtime import PEAK, best_dtype, share
+from support.runtime import PEAK, kind_of_gpu, pick_device, precision, share
 from support.settings import run_script, setting
 
 MEASURED_TOKENS = 2**14  # at most, in a micro-batch that is measured
@@ -32,24 +32,10 @@ class Settings(train.Settings):
         None, "size of the vocabulary, by default the dataset's, or 50257", 1
     )
     gpu: str = setting(
-        "auto", "kind of GPU; auto: this machine's CPU if it has no GPU", choices=("auto", *PEAK)
+        "auto", "kind of GPU; auto: this machine's, or its CPU", choices=("auto", *PEAK)
     )
     peak_share: float = setting(
         0.4, "share of the GPU's peak that training reaches: 0.3 to 0.5", 0.01, 1.0
-    )
-
-
-def build(s: Settings, vocab_size: int) -> MiniGPT:
-    return MiniGPT(
-        GPTConfig(
-            block_size=s.block_size,
-            vocab_size=vocab_size,
-            n_layer=s.n_layer,
-            n_head=s.n_head,
-            n_embd=s.n_embd,
-            dropout=s.dropout,
-            bias=s.bias,
-        )
     )
 
 
@@ -58,20 +44,20 @@ def memory(s: Settings, model: MiniGPT, rows: int) -> dict[str, float]:
 
     Of a token in a block, autograd keeps the stream twice and 14 widths of other numbers.
     """
-    size = 4 if s.dtype == "float32" else 2  # bytes of a number
+    number_size = 4 if s.dtype == "float32" else 2  # in bytes
     n = sum(p.numel() for p in model.parameters())
     tokens = rows * s.block_size
     weights = 4 * n
-    if size == 2:
+    if number_size == 2:
         weights += 2 * n  # a copy in 16 bits
     moments = 8 * n
     if s.optimizer == "muon":  # has one, not two
         moments -= 4 * sum(p.numel() for p in model.h.parameters() if p.dim() == 2)
 
-    block = tokens * s.n_embd * (2 * 4 + 14 * size)
+    block = tokens * s.n_embd * (2 * 4 + 14 * number_size)
     if s.dropout > 0:
         block += 2 * tokens * s.n_embd  # a byte per number
-    backward = 8 * tokens * s.n_embd * size  # of a block
+    backward = 8 * tokens * s.n_embd * number_size  # of a block
     kept = block
     if s.activation_checkpointing:
         kept = 4 * tokens * s.n_embd
@@ -89,7 +75,7 @@ def memory(s: Settings, model: MiniGPT, rows: int) -> dict[str, float]:
         "logits": peak,
     }
     parts["in all"] = sum(parts.values())
-    return {name: bytes / 2**30 for name, bytes in parts.items()}
+    return {name: size / 2**30 for name, size in parts.items()}
 
 
 def fitting(s: Settings, model: MiniGPT, gib: float) -> str:
@@ -110,11 +96,9 @@ def fitting(s: Settings, model: MiniGPT, gib: float) -> str:
 def measure(s: Settings, model: MiniGPT, rows: int) -> float:
     """Seconds that a step takes on this CPU, from its micro-batches, after a first one."""
     rows = min(rows, max(1, MEASURED_TOKENS // s.block_size))
-    dtype = s.dtype
-    if dtype == "auto":
-        dtype = best_dtype(torch.device("cpu"))
-    choose_kernels(torch.device("cpu"), dtype, rows * s.n_head * s.block_size**2)
-    autocast = torch.autocast("cpu", dtype=getattr(torch, dtype), enabled=dtype != "float32")
+    device = torch.device("cpu")
+    dtype, autocast = precision(s.dtype, device)
+    choose_kernels(device, dtype, rows * s.n_head * s.block_size**2)
     optimizer = train.make_optimizer(model, s)
     x = torch.randint(model.config.vocab_size, (rows, s.block_size))
     seconds = []
@@ -140,7 +124,10 @@ def main(s: Settings) -> None:
         vocab_size = 50257
         print(f"no data/{s.dataset} here: planning with GPT-2's vocabulary of {vocab_size:,}")
     with torch.device("meta"):  # shapes without memory
-        model = build(s, vocab_size)
+        model = train.random_model(s, vocab_size)
+    on_cpu = s.gpu == "auto" and s.ranks == 1 and not torch.cuda.is_available()
+    if on_cpu:
+        s = replace(s, dtype=precision(s.dtype, torch.device("cpu"))[0])
     flops = model.flops_per_token()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:,} FLOPs per token")
     rows, micro_steps = share(s.batch_size, s.gradient_accumulation_steps, s.ranks)
@@ -150,19 +137,21 @@ def main(s: Settings) -> None:
 
     step_tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
     tokens = s.max_iters * step_tokens
-    if s.gpu == "auto" and s.ranks == 1 and not torch.cuda.is_available():
-        step_seconds = measure(s, build(s, vocab_size), rows)
+    if on_cpu:
+        step_seconds = measure(s, train.random_model(s, vocab_size), rows)
         rate = step_tokens / step_seconds
         machine = f"this CPU, measured on a few steps: {1000 * step_seconds:,.0f} ms per step"
     else:
-        gpu = "H100" if s.gpu == "auto" else s.gpu
+        gpu = s.gpu
+        if gpu == "auto":
+            gpu = kind_of_gpu(pick_device("auto")) or "H100"
         rate = s.ranks * s.peak_share * PEAK[gpu] * 1e12 / flops
         if s.activation_checkpointing:
             rate *= 0.75  # a third more to compute
         machine = f"{s.ranks} x {gpu} at {s.peak_share:.0%} of {PEAK[gpu]} TFLOP/s, an estimate"
     duration = timedelta(seconds=round(tokens / rate))
     print(f"{machine}: {rate:,.0f} tokens/s, {tokens:,} tokens in {duration}")
-    if s.gpu != "auto" or s.ranks > 1 or torch.cuda.is_available():
+    if not on_cpu:
         for card in CARDS:
             usable = 0.9 * card  # the rest is for CUDA itself and for gaps
             print(f"{card:>4} GB: {fitting(s, model, usable)}")

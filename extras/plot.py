@@ -61,7 +61,8 @@ def read_metrics(out_dir: str | Path) -> Records:
                 if value is not None:
                     record[key] = float(value)
             record["step"] = int(record["step"])
-            record["seconds"]  # raises an error where it is missing
+            if "seconds" not in record:
+                raise KeyError("seconds")
             records.append(record)
     if not records:
         raise UserError(f"no metrics in {path}: train first, or give another out_dir")
@@ -151,7 +152,7 @@ def draw_runs(out_dirs: list[str | Path], file: str | Path = "") -> Path:
         path = Path(file)
     runs = [read_metrics(out_dir) for out_dir in out_dirs]
     n_logged = max(sum("loss" in record for record in records) for records in runs)
-    width = n_logged // 60 | 1  # odd, so that a mean is centred
+    width = 2 * (n_logged // 120) + 1  # odd, so that a mean is centred
     names = [drawable(Path(out_dir).as_posix()) for out_dir in out_dirs]
     with picture(path, 12, 7.5) as figure:
         axes = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(3.4, 1, 1))
@@ -187,4 +188,4 @@ def main(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Settings, __doc__, OSError, positional="out_dir")
+    run_script(main, Settings, __doc__, positional="out_dir", user_errors=(OSError,))

@@ -117,7 +117,8 @@ class Pieces:
         befores = self.before[places]
         afters = self.after[rights]
 
-        # The pairs around it end. One between two merged pairs is the left one of the second.
+        # The merged tokens' pairs with their neighbours are gone. A pair between two merged ones
+        # counts once, as the second one's pair with its left neighbour.
         has_left = self.ids[befores] != END
         has_right = (self.ids[afters] != END) & ~np.isin(afters, places)
         at = places[has_left]
@@ -131,7 +132,7 @@ class Pieces:
         self.after[places] = afters
         self.before[afters] = places
 
-        # The same for those that begin.
+        # The new tokens' pairs with their neighbours are there instead, counted in the same way.
         at = self.before[places[has_left]]
         self.add(at, self.ids[at], np.full(len(at), new))
         at = places[has_right]

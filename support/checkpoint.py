@@ -52,7 +52,7 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def link_atomically(source: Path, path: Path) -> None:
+def link_atomically(path: Path, source: Path) -> None:
     """Make path a second name of the file source, or a copy where the file system has no links."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
@@ -105,10 +105,13 @@ def read_checkpoint(path: str | Path, mmap: bool = False, verify: bool = True) -
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         for key in ("model", "model_args", "tokenizer", "step"):
-            state[key]  # raises an error where it is missing
+            if key not in state:
+                raise ValueError(f"it has no {key}")
         return state
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}: train first, or give another --out_dir") from error
+    except (PermissionError, MemoryError) as error:
+        raise UserError(f"{path} can't be read ({error or 'out of memory'})") from error
     except Exception as error:  # damage can show as any
         kind = type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({kind})") from error
@@ -192,7 +195,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder / "lock")
 
-    def resume(self, init_from: str) -> dict[str, Any] | None:
+    def load(self, init_from: str) -> dict[str, Any] | None:
         """The state in last.pt, or None for a new run.
 
         Raises UserError where init_from asks for the other, or where ranks see different files.
@@ -206,8 +209,10 @@ class Run:
         state = None
         step = -1
         if init_from == "resume" or self.last.exists():
-            on_cpu = self.ranks.device.type == "cpu"  # where the optimiser would keep a mapping
-            state = read_checkpoint(self.last, mmap=not on_cpu, verify=self.ranks.rank == 0)
+            # The tensors are copied to a GPU, but on a CPU the optimiser would keep those of a
+            # mapped file, which the next save replaces.
+            mmap = self.ranks.device.type != "cpu"
+            state = read_checkpoint(self.last, mmap=mmap, verify=self.ranks.rank == 0)
             if "evaluated" not in state:
                 raise UserError(
                     f"{self.last} is of an earlier version: resume it there, "
@@ -218,8 +223,9 @@ class Run:
             self.ranks.say(f"no run in {self.folder} yet: a new model with random weights")
         else:
             self.ranks.say(f"no run in {self.folder} yet: starts with the weights of {init_from}")
-        highest, lowest = self.ranks.maximum(step, -step)
-        if highest != -lowest:
+        highest = self.ranks.maximum(step)
+        lowest = -self.ranks.maximum(-step)
+        if highest != lowest:
             raise UserError(
                 f"not all ranks found the same {self.last}: "
                 "out_dir must be where all machines see it"
@@ -352,7 +358,7 @@ class Run:
                 f"the weights are not finite at step {state['step']} and not saved: "
                 f"{self.way_back()}"
             )
-        self.write("last.pt", lambda path: write_atomically(path, lambda f: torch.save(state, f)))
+        self.write("last.pt", write_atomically, lambda file: torch.save(state, file))
 
     def link_last_as(self, name: str) -> None:
         """Give last.pt, which `save` has just written, a second name that stays."""
@@ -361,12 +367,12 @@ class Run:
         if "last.pt" in self.unsaved:  # it holds an earlier step
             self.unsaved.add(name)
             return
-        self.write(name, lambda path: link_atomically(self.last, path))
+        self.write(name, link_atomically, self.last)
 
-    def write(self, name: str, write: Callable[[Path], None]) -> None:
-        """write(path) for the file called name. If that fails, say so and note it in `unsaved`."""
+    def write(self, name: str, write: Callable, content: object) -> None:
+        """Call write(path, content) for the file called name. If it fails, say and remember it."""
         try:
-            write(self.folder / name)
+            write(self.folder / name, content)
             self.unsaved.discard(name)
         except (OSError, RuntimeError) as error:  # torch makes some of the former into the latter
             self.unsaved.add(name)

@@ -44,7 +44,8 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
     splits = []
     for split in ("train", "val"):
         tokens = open_tokens(folder / f"{split}.bin", meta["dtype"])
-        if len(tokens) != meta.setdefault(f"{split}_tokens", len(tokens)):
+        meta.setdefault(f"{split}_tokens", len(tokens))
+        if len(tokens) != meta[f"{split}_tokens"]:
             raise UserError(f"{folder / split}.bin has a wrong size: prepare the dataset again")
         if len(tokens) <= block_size:
             raise UserError(
@@ -77,10 +78,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta["dataset"] = folder.name
         meta.setdefault("source", str(folder))
         meta.setdefault("tokenizer", "ids")
-        known_dtype = meta["dtype"] in ("uint16", "uint32")
-        same_size = meta["vocab_size"] == load_tokenizer(meta).vocab_size
-        if not (known_dtype and same_size and meta.get("val_bytes", 1) > 0 and meta["source"]):
-            raise ValueError("its entries do not agree")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {meta['dtype']}")
+        if meta["vocab_size"] != load_tokenizer(meta).vocab_size:
+            raise ValueError("its vocab_size is not that of its tokenizer")
+        if meta.get("val_bytes", 1) <= 0 or not meta["source"]:
+            raise ValueError("its val_bytes or source is empty")
     return meta
 
 
@@ -130,11 +133,13 @@ def write_ids(folder: Path, path: Path, vocab_size: int, val_share: float) -> di
                 "or a .npy file"
             )
         ids = open_tokens(path, dtype.name)
-    if ids.dtype.kind not in "iu" or len(ids) < 4:
+    if ids.dtype.kind not in "iu":
         raise UserError(f"{path} has {len(ids)} values of type {ids.dtype}: expected whole numbers")
+    n_train = len(ids) - max(2, round(len(ids) * val_share))
+    if n_train < 2:
+        raise UserError(f"{path} has only {len(ids)} ids: give more, or a smaller --val_share")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise UserError(f"{path} has ids from {ids.min()} to {ids.max()}: not within {vocab_size}")
-    n_train = len(ids) - max(2, round(len(ids) * val_share))
     digest = hashlib.sha256()
     for split, part in (("train", ids[:n_train]), ("val", ids[n_train:])):
         with open(folder / f"{split}.bin", "wb") as file:

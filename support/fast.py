@@ -72,7 +72,7 @@ class StaticKVCache(nn.Module):
             self.get_buffer(f"values_{layer}")[:, :, : cache.size] = values
 
     def advance(self, T: int) -> torch.Tensor:
-        return self.positions
+        return self.positions  # T is 1, and CompiledDecoder has set the position
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         keys = getattr(self, f"keys_{layer}")

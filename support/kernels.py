@@ -42,6 +42,6 @@ def keep_freed_memory() -> None:
     M_MMAP_THRESHOLD = -3
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # glibc before 2.35 refuses more
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # for glibc before 2.35, which ignores the next line
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

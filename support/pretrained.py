@@ -8,7 +8,7 @@ matrices are stored transposed, (in, out), and its token embedding has no paddin
 import json
 import operator
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ from typing import Any
 import torch
 
 from model import GPTConfig, MiniGPT
-from support.checkpoint import find_checkpoint, read_checkpoint, write_atomically, write_json
+from support.checkpoint import (
+    find_checkpoint,
+    model_from_checkpoint,
+    read_checkpoint,
+    write_atomically,
+    write_json,
+)
 from support.settings import UserError, optional, user_error
 from support.tokenizer import (
     BYTE_LEVEL,
@@ -74,6 +80,7 @@ def open_folder(name_or_path: str | Path) -> tuple[Path, GPTConfig]:
         raise UserError(f"no {path}: expected {', '.join(HUB)}, or a folder with it and weights")
     hf_config = read_json(path)
     problem = f"{path} has sizes that no GPT-2 can have"
+    # operator.index is int() that refuses text and fractions
     with user_error(problem, KeyError, TypeError, ValueError):
         config = GPTConfig(
             block_size=operator.index(hf_config["n_positions"]),
@@ -188,9 +195,9 @@ def weight_files(folder: Path) -> set[str]:
         )
     shards = read_json(index).get("weight_map")
     if isinstance(shards, dict):
-        names = set(map(str, shards.values()))
-        if all(Path(name).name == name and not name.isdigit() for name in names):
-            return names
+        names = list(shards.values())
+        if all(isinstance(name, str) and Path(name).name == name for name in names):
+            return set(names)
     raise UserError(f"{index} does not name files in its folder")
 
 
@@ -305,6 +312,42 @@ def check_same_tokens(
             f"data/{dataset_meta['dataset']} has other tokens than {name}: "
             f"prepare it with --tokenizer={tokenizer}"
         )
+
+
+def load_weights_of(
+    init_from: str, block_size: int | None, dropout: float, dataset_meta: dict[str, Any]
+) -> MiniGPT:
+    """The model of a run, a checkpoint, a name in HUB or a model folder, in train mode.
+
+    Raises UserError where it has other tokens than the dataset, or can't have that block_size.
+    """
+    path = Path(init_from)
+    if path.is_file() or (path / "last.pt").is_file():
+        path = find_checkpoint(init_from)
+        state = read_checkpoint(path)
+        model = model_from_checkpoint(state, path, dropout)
+        check_same_tokens(init_from, dataset_meta, load_tokenizer(state["tokenizer"]))
+        if block_size not in (None, model.config.block_size):
+            raise UserError(
+                f"{path} has a block_size of {model.config.block_size}: "
+                f"give --block_size={model.config.block_size}"
+            )
+        return model
+    check_same_tokens(init_from, dataset_meta)
+    return load_pretrained(init_from, block_size, dropout, dataset_meta["vocab_size"]).train()
+
+
+def ignored_sizes(config: GPTConfig, settings: Any) -> list[str]:
+    """The sizes in settings, as "name=value", that the user chose and a loaded model has not."""
+    ignored = []
+    for name, own in asdict(config).items():
+        if name == "vocab_size":  # comes from the dataset
+            continue
+        chosen = getattr(settings, name)
+        is_default = chosen == getattr(type(settings), name)
+        if chosen != own and not is_default:
+            ignored.append(f"{name}={chosen}")
+    return ignored
 
 
 def save_pretrained(model: MiniGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

@@ -19,6 +19,7 @@ PEAK = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
+    "H100 NVL": 835,
     "H100": 989,
     "A100": 312,
     "L40S": 362,
@@ -70,6 +71,14 @@ def best_dtype(device: torch.device) -> str:
     return "float32"
 
 
+def precision(dtype: str, device: torch.device) -> tuple[str, torch.autocast]:
+    """(number type, context for the forward pass) for --dtype; auto is best_dtype."""
+    if dtype == "auto":
+        dtype = best_dtype(device)
+    enabled = dtype != "float32"
+    return dtype, torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=enabled)
+
+
 def cpu_features() -> set[str]:
     """The instruction sets that torch can use on this CPU, such as avx512_bf16.
 
@@ -83,15 +92,23 @@ def cpu_features() -> set[str]:
     return {name for name, present in capabilities.items() if present is True}
 
 
-def mfu(flops_per_sec: float, device: torch.device) -> float | None:
-    """Model FLOPs utilisation: the share of device's peak. None where the peak is not known."""
+def kind_of_gpu(device: torch.device) -> str | None:
+    """Which GPU in PEAK device is, or None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).replace("-", " ")
-    for key, teraflops in PEAK.items():
-        if f" {key} " in f" {name} ":  # not the A10 in A10G
-            return flops_per_sec / (teraflops * 1e12)
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    for kind in PEAK:
+        if all(word in words for word in kind.split()):
+            return kind
     return None
+
+
+def mfu(flops_per_sec: float, device: torch.device) -> float | None:
+    """Model FLOPs utilisation: the share of device's peak. None where the peak is not known."""
+    kind = kind_of_gpu(device)
+    if kind is None:
+        return None
+    return flops_per_sec / (PEAK[kind] * 1e12)
 
 
 def share(batch_size: int, gradient_accumulation_steps: int, size: int) -> tuple[int, int]:
@@ -133,7 +150,7 @@ def advice() -> Iterator[None]:
             hint = (
                 "a smaller --batch_size with more --gradient_accumulation_steps needs less memory"
             )
-        elif "imed out" in str(error) or "by peer" in str(error):
+        elif "timed out" in str(error).lower() or "by peer" in str(error):
             hint = "another rank has stopped or is slower than --timeout"
         if hint:
             print(f"advice: {hint}", file=sys.stderr)
@@ -161,7 +178,7 @@ class Ranks:
         if self.rank == 0:
             say(line)
 
-    def from_first(self, make: Callable[..., Any], *arguments: Any) -> Any:
+    def run_on_first(self, make: Callable[..., Any], *arguments: Any) -> Any:
         """make(*arguments), called on rank 0 alone; its value is sent to every rank."""
         values = [None]
         if self.rank == 0:
@@ -170,12 +187,17 @@ class Ranks:
             dist.broadcast_object_list(values, group=self.cpu_group)
         return values[0]
 
-    def maximum(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.cpu_group)
-        return tensor.tolist()
+    def maximum(self, value: int) -> int:
+        """The largest value of any rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.cpu_group)
+        return tensor.item()
+
+    def any(self, value: bool) -> bool:
+        """Whether value is true on any rank."""
+        return self.maximum(int(value)) == 1
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """tensor, summed in place over all ranks."""
@@ -228,10 +250,9 @@ class StopSignals:
             with suppress(OSError):  # os.write, as print itself may be what is interrupted
                 os.write(2, b"stopping after this step; again to quit without saving\n")
 
-    def agreed(self) -> bool:
-        """Whether any rank has received a signal."""
-        (received,) = self.ranks.maximum(self.received)
-        return received > 0
+    def agreed(self) -> int:
+        """The number of a signal that any rank has received, or 0. All ranks call this together."""
+        return self.ranks.maximum(self.received)
 
     def restore(self) -> None:
         """Hand the signals back to whoever handled them before."""
@@ -286,8 +307,7 @@ def compile_now(
             step(model)
             failure = type(error).__name__
     model.zero_grad()
-    (failed,) = ranks.maximum(failure != "")
-    if failed:
+    if ranks.any(failure != ""):
         torch.compiler.set_stance("force_eager")
         reason = failure if failure else "an error on another rank"
         ranks.say(f"not compiling: {reason} in torch.compile; --compile=False is faster")

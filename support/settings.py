@@ -89,7 +89,9 @@ def read_settings(
     if positional is not None:
         configs = []
         is_list = get_origin(kind_of(known[positional])) is list
-        if (len(words) > 1 and not is_list) or (words and positional in flags):
+        if words and positional in flags:
+            raise UserError(f"both {words[0]} and --{positional} are given: which one counts?")
+        if len(words) > 1 and not is_list:
             raise UserError(
                 f"unexpected argument {words[-1]}: --help shows the usage; "
                 "a pattern such as *.txt needs quotes"
@@ -200,16 +202,15 @@ def kind_of(f: Field) -> Any:
 
 def parse(f: Field, text: str) -> Any:
     """text as a number, truth value or None where the setting is not text; else text itself."""
+    kind = kind_of(f)
     if text == "None" and type(None) in get_args(f.type):
         return None
-    if kind_of(f) is str:
-        return text
-    if text.lower() in ("true", "false"):
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for number in (int, float):
+    if kind in (int, float):
         with suppress(ValueError):
-            return number(text)
-    return text  # of the wrong type, so that check says what was expected
+            return kind(text)
+    return text  # if that is the wrong type, check says what was expected
 
 
 def check(f: Field, value: Any, where: str) -> Any:
@@ -260,12 +261,12 @@ def run_script(
     main: Callable,
     cls: type,
     doc: str,
-    *kinds: type[Exception],
     positional: str | None = None,
     previous: Callable | None = None,
+    user_errors: tuple[type[Exception], ...] = (),
 ) -> None:
     """Call main with the settings of this process's command line, under one_line_errors."""
-    with one_line_errors(*kinds):
+    with one_line_errors(*user_errors):
         main(read_settings(cls, sys.argv[1:], doc, positional, previous))
 
 

@@ -152,18 +152,28 @@ def find_files(input: str) -> list[Path]:
 
 def kind_of_file(path: Path) -> str:
     """What a file seems to be by its first bytes, "" for text."""
-    with user_error(f"can't read {path}", OSError), path.open("rb") as file:
-        head = file.read(4096)
+    with user_error(f"can't read {path}", OSError):
+        head = first_bytes(path, open)
+    if head.startswith(GZIP_MARK):
+        with user_error(f"{path} is damaged", OSError, EOFError, zlib.error):
+            head = first_bytes(path, gzip.open)
+    if head[257:262] == b"ustar":
+        return "a tar archive"
     for signature, kind in SIGNATURES.items():
         if head.startswith(signature):
             return kind
-    if b"\x00" not in head or head.startswith((*BYTE_ORDER_MARKS, GZIP_MARK)):
+    if b"\x00" not in head or head.startswith(tuple(BYTE_ORDER_MARKS)):
         return ""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return "binary data"
     return ""
+
+
+def first_bytes(path: Path, open_file: Callable) -> bytes:
+    with open_file(path, "rb") as file:
+        return file.read(4096)
 
 
 def file_source(path: Path, field: str) -> Source:
@@ -230,7 +240,7 @@ def read_text(path: Path) -> Pieces:
     """The text file at path, in pieces that end between a letter or digit and white space.
 
     No byte-pair encoding has a token with these two in a row, so the ids of the pieces are those of
-    the whole text.
+    the whole text. Only a tokenizer.json that puts a mark before each text does so for each piece.
     """
     is_new = True
     text = ""
@@ -251,7 +261,10 @@ def read_text(path: Path) -> Pieces:
 
 
 def read_json(path: Path, field: str = "") -> Pieces:
-    """The file at path of JSON objects, a document each: one per line, or in an array."""
+    """The file at path of JSON objects, a document each: one per line, or in an array.
+
+    An array is read into memory as a whole.
+    """
     problem = "expected JSON objects with text, one per line or in an array"
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -274,7 +287,7 @@ def read_csv(path: Path, field: str) -> Pieces:
     csv.field_size_limit(2**31 - 1)  # characters in a cell; the default is 131,072
     with open_text(path) as file:
         names = file.readline()
-    delimiter = max(",;\t", key=names.count)
+    delimiter = max(",;\t", key=names.count)  # the most frequent of these
     with open_text(path) as file, user_error(f"{path} is not a CSV file", csv.Error):
         for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), 1):
             with user_error(f"{path}, row {number}", ValueError, TypeError, AttributeError):

@@ -205,8 +205,9 @@ class HFTokenizer(Tokenizer):
         if self.is_byte_level:
             return bytes(BYTE_LEVEL[char] for char in token)
         if self.is_word_piece:
-            starts_word = not token.startswith("##")
-            return (" " * starts_word + token.removeprefix("##")).encode("utf-8")
+            if token.startswith("##"):  # goes on with a word
+                return token.removeprefix("##").encode("utf-8")
+            return f" {token}".encode()
         if token.startswith("<0x") and token.endswith(">"):  # SentencePiece's name for a byte
             return bytes.fromhex(token[3:-1])
         if self.tokenizer.pre_tokenizer is None and self.tokenizer.normalizer is None:

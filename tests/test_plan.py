@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+import train
 from extras import plan
 from extras.plan import Settings
 
@@ -37,7 +38,7 @@ SIZES = {
 
 def build(s):
     with torch.device("meta"):
-        return plan.build(s, s.vocab_size)
+        return train.random_model(s, s.vocab_size)
 
 
 MEASURE = """

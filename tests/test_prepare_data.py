@@ -372,7 +372,7 @@ def test_added_documents_move_no_document_to_the_other_split(workdir):
 
 def test_a_document_of_several_pieces_stays_in_one_split(workdir, monkeypatch):
     monkeypatch.setattr("support.sources.CHUNK_CHARS", 50)
-    monkeypatch.setattr(prepare_data, "MOST_FILES", 10)
+    monkeypatch.setattr(prepare_data, "MAX_FILES", 10)
     Path("many").mkdir()
     for i in range(20):
         Path("many", f"{i}.txt").write_text(f"{i:02} " * 100, encoding="utf-8")

@@ -79,16 +79,6 @@ def test_sampling_equals_a_loop_without_a_cache():
     assert torch.equal(found, naive(gpt, idx, 30, draw))
 
 
-def test_a_prompt_is_computed_once_for_samples_that_differ():
-    gpt = model()
-    shapes = []
-    gpt.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    idx = torch.randint(65, (1, 7)).expand(4, -1)
-    text = generate(gpt, idx, 4, generator=torch.Generator().manual_seed(0))
-    assert shapes == [(1, 7), (4, 1), (4, 1), (4, 1)]
-    assert len({tuple(row) for row in text.tolist()}) == 4
-
-
 def test_drawn_tokens_have_the_stated_frequencies():
     gpt = model(vocab_size=5)
     idx = torch.zeros(1, 3, dtype=torch.long)
