@@ -63,7 +63,7 @@ class Settings:
     special_tokens: bool = setting(
         False, "read special tokens in the text, such as <|endoftext|>, as such: if you trust it"
     )
-    val_share: float = setting(0.1, "share of the text for validation", 0.001, 0.9)
+    val_share: float = setting(0.1, "share of the text for validation", low=0.001, high=0.9)
 
 
 def existing_tokenizer(name: str) -> Tokenizer | None:

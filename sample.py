@@ -42,20 +42,23 @@ class Settings:
         None, "text to continue, by default a new line; several are continued one after the other"
     )
     prompt_file: str = setting("", "file to read the prompt from, - for standard input")
-    num_samples: int = setting(1, "texts to generate, in one batch", 1)
-    max_new_tokens: int = setting(500, "tokens to generate", 1)
+    num_samples: int = setting(1, "texts to generate, in one batch", low=1)
+    max_new_tokens: int = setting(500, "tokens to generate", low=1)
     temperature: float = setting(
-        0.8, "lower is more predictable, 0 always takes the likeliest token", 0.0
+        0.8, "lower is more predictable, 0 always takes the likeliest token", low=0.0
     )
-    top_k: int | None = setting(None, "choose among the k likeliest tokens only", 1)
+    top_k: int | None = setting(None, "choose among the k likeliest tokens only", low=1)
     top_p: float = setting(
-        1.0, "choose among the likeliest tokens that together have this probability", 1e-6, 1.0
+        1.0,
+        "choose among the likeliest tokens that together have this probability",
+        low=1e-6,
+        high=1.0,
     )
     repetition_penalty: float = setting(
-        1.0, "above 1 makes tokens that are in the text already less likely", 1.0
+        1.0, "above 1 makes tokens that are in the text already less likely", low=1.0
     )
     stop_at_eos: bool = setting(True, "end a text at the tokenizer's end-of-text token")
-    seed: int = setting(1337, "random seed: the same one generates the same text", 0)
+    seed: int = setting(1337, "random seed: the same one generates the same text", low=0)
     device: str = setting("auto", "cpu, cuda, mps, ...; auto is the best available")
     dtype: str = setting(
         "auto", "data type of the weights", choices=("auto", "float32", "bfloat16", "float16")

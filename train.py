@@ -43,53 +43,63 @@ class Settings:
     init_from: str = setting(
         "auto", "auto (resume a run in out_dir, else scratch), resume, scratch, gpt2, or a folder"
     )
-    seed: int = setting(1337, "random seed for initial weights, batches and dropout", 0, 2**63 - 1)
+    seed: int = setting(
+        1337, "random seed for initial weights, batches and dropout", low=0, high=2**63 - 1
+    )
     # data
     dataset: str = setting("openwebtext", "folder in data/, made by prepare_data.py")
-    batch_size: int = setting(12, "sequences per micro-batch, at most", 1, 1 << 24)
+    batch_size: int = setting(12, "sequences per micro-batch, at most", low=1, high=1 << 24)
     gradient_accumulation_steps: int = setting(
-        40, "micro-batches per step, over all ranks", 1, 1 << 24
+        40, "micro-batches of batch_size per step, over all ranks", low=1, high=1 << 24
     )
-    block_size: int = setting(1024, "context length: tokens per sequence", 1, 1 << 24)
+    block_size: int = setting(1024, "context length: tokens per sequence", low=1, high=1 << 24)
     # model
-    n_layer: int = setting(12, "transformer blocks", 1, 10_000)
-    n_head: int = setting(12, "attention heads per block", 1, 10_000)
-    n_embd: int = setting(768, "width, a multiple of n_head", 1, 1 << 20)
+    n_layer: int = setting(12, "transformer blocks", low=1, high=10_000)
+    n_head: int = setting(12, "attention heads per block", low=1, high=10_000)
+    n_embd: int = setting(768, "width, a multiple of n_head", low=1, high=1 << 20)
     dropout: float = setting(
-        0.0, "share of activations set to zero: for large models on little text", 0.0, 0.99
+        0.0, "share of activations set to zero: for large models on little text", low=0.0, high=0.99
     )
     bias: bool = setting(False, "give Linear and LayerNorm layers biases, as GPT-2 has")
     # optimiser
     optimizer: str = setting(
         "adamw", "muon: for the blocks' matrices, adamw for the rest", choices=("adamw", "muon")
     )
-    learning_rate: float = setting(6e-4, "peak learning rate", 0.0)
-    max_iters: int = setting(600_000, "steps to train for", 1)
-    weight_decay: float = setting(0.1, "on matrices and embeddings, not on biases and norms", 0.0)
-    beta1: float = setting(0.9, "decay of the gradient's running mean", 0.0, 0.9999)
-    beta2: float = setting(0.95, "decay of the squared gradient's running mean", 0.0, 0.99999)
-    grad_clip: float = setting(1.0, "largest gradient norm, 0 for no limit", 0.0)
+    learning_rate: float = setting(6e-4, "peak learning rate", low=0.0)
+    max_iters: int = setting(600_000, "steps to train for", low=1)
+    weight_decay: float = setting(
+        0.1, "on matrices and embeddings, not on biases and norms", low=0.0
+    )
+    beta1: float = setting(0.9, "decay of the gradient's running mean", low=0.0, high=0.9999)
+    beta2: float = setting(
+        0.95, "decay of the squared gradient's running mean", low=0.0, high=0.99999
+    )
+    grad_clip: float = setting(1.0, "largest gradient norm, 0 for no limit", low=0.0)
     decay_lr: bool = setting(True, "warm up, then decay the learning rate; False keeps it constant")
     warmup_iters: int | None = setting(
-        None, "steps of linear warm-up, by default 2000 or a tenth of the run", 0
+        None, "steps of linear warm-up, by default 2000 or a tenth of the run", low=0
     )
     lr_decay_iters: int | None = setting(
-        None, "step at which the learning rate reaches min_lr, or max_iters", 1
+        None, "step at which the learning rate reaches min_lr, or max_iters", low=1
     )
-    min_lr: float | None = setting(None, "final learning rate, by default a tenth of the peak", 0.0)
+    min_lr: float | None = setting(
+        None, "final learning rate, by default a tenth of the peak", low=0.0
+    )
     # evaluation, logs, checkpoints
-    eval_interval: int = setting(2000, "steps between evaluations, each of which also saves", 1)
-    eval_iters: int = setting(200, "batches per evaluation, 0 for the whole validation split", 0)
+    eval_interval: int = setting(2000, "steps between evaluations, each of which also saves", low=1)
+    eval_iters: int = setting(
+        200, "batches per evaluation, 0 for the whole validation split", low=0
+    )
     eval_only: bool = setting(False, "evaluate once and exit")
     patience: int = setting(
-        0, "stop after this many evaluations without improvement, 0 for never", 0
+        0, "stop after this many evaluations without improvement, 0 for never", low=0
     )
-    save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", 0)
-    keep_interval: int = setting(0, "steps between checkpoints that are kept, 0 for none", 0)
+    save_interval: int = setting(0, "steps between saves, 0 for only with evaluations", low=0)
+    keep_interval: int = setting(0, "steps between checkpoints that are kept, 0 for none", low=0)
     save_minutes: float = setting(
-        10.0, "minutes between saves, at most; 0 to save after every step", 0.0
+        10.0, "minutes between saves, at most; 0 to save after every step", low=0.0
     )
-    log_interval: int = setting(10, "steps between log lines", 1)
+    log_interval: int = setting(10, "steps between log lines", low=1)
     # system
     device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto is the best available")
     dtype: str = setting(
@@ -103,7 +113,7 @@ class Settings:
     backend: str = setting(
         "auto", "of torch.distributed; auto is nccl on GPUs", choices=("auto", "nccl", "gloo")
     )
-    timeout: int = setting(600, "seconds that a rank waits for another", 1)
+    timeout: int = setting(600, "seconds that a rank waits for another", low=1)
 
     def __post_init__(self):
         self.given = asdict(self)  # with None as it is: what a checkpoint remembers
@@ -337,7 +347,7 @@ def checkpoint_state(
     meta: dict[str, Any],
     **progress: Any,
 ) -> dict[str, Any]:
-    """All that a resumed run needs to end with the same bits. meta describes the dataset."""
+    """All that a run needs to resume bit for bit. meta describes the dataset."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

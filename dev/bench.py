@@ -52,9 +52,9 @@ class Settings:
     work: str = setting(",".join(WORK), "what to measure")
     transformers: bool = setting(False, "beside transformers' GPT-2")
     nanogpt: str = setting("", "beside nanoGPT: the folder of a clone")
-    rounds: int = setting(3, "measurements of each, of which the median counts", 1)
-    steps: int = setting(0, "training steps or texts per measurement, 0 for six seconds", 0)
-    rows: int = setting(0, "sequences at a time, 0 for those of the work", 0)
+    rounds: int = setting(3, "measurements of each, of which the median counts", low=1)
+    steps: int = setting(0, "training steps or texts per measurement, 0 for six seconds", low=0)
+    rows: int = setting(0, "sequences at a time, 0 for those of the work", low=0)
     device: str = setting("auto", "cpu, cuda, ...; auto is the best available")
     dtype: str = setting("auto", "of matrix products in training", choices=DTYPES)
     decode_dtype: str = setting("float32", "of all weights in decoding", choices=DTYPES[1:])
@@ -100,7 +100,7 @@ def build(program: str, config: GPTConfig, s: Settings) -> torch.nn.Module:
 
 
 def dtype_of(s: Settings, program: str, device: torch.device) -> str:
-    """The number type in which a program trains."""
+    """The data type in which a program trains."""
     if program != "MiniGPT" and device.type == "cpu":
         return "float32"
     return precision(s.dtype, device)[0]

@@ -51,7 +51,7 @@ class Settings:
     nanogpt_flags: str = setting(NANOGPT_CPU, "of nanoGPT's train.py, after its config file")
     flags: str = setting("", "more settings of MiniGPT's train.py, such as --dtype=bfloat16")
     device: str = setting("cpu", "of MiniGPT")
-    rounds: int = setting(3, "races, of which the median counts", 1)
+    rounds: int = setting(3, "races, of which the median counts", low=1)
 
 
 def run(command: list[str], folder: str = ".") -> tuple[float, list[tuple[float, str]]]:

@@ -45,8 +45,8 @@ PAGE_TEMPERATURES = [step / 10 for step in range(1, 21)]  # of the slider
 
 @dataclass
 class Settings(sample.Settings):
-    max_new_tokens: int = setting(100, "tokens to generate; 0 looks at the prompt alone", 0)
-    alternatives: int = setting(0, "list this many other likely tokens for each token", 0)
+    max_new_tokens: int = setting(100, "tokens to generate; 0 looks at the prompt alone", low=0)
+    alternatives: int = setting(0, "list this many other likely tokens for each token", low=0)
     attention: str = setting("", "draw how the model's attention looks at this text instead")
     file: str = setting("", "picture to write: .png, .svg or .pdf; else attention.png in out_dir")
     html: str = setting("", "write a web page on the text and the model to this file instead")

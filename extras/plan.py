@@ -27,15 +27,15 @@ CARDS = (24, 40, 80, 141)  # GB
 
 @dataclass
 class Settings(train.Settings):
-    ranks: int = setting(1, "GPUs", 1)
+    ranks: int = setting(1, "GPUs", low=1)
     vocab_size: int | None = setting(
-        None, "size of the vocabulary, by default the dataset's, or 50257", 1
+        None, "size of the vocabulary, by default the dataset's, or 50257", low=1
     )
     gpu: str = setting(
         "auto", "kind of GPU; auto: this machine's, or its CPU", choices=("auto", *PEAK)
     )
     peak_share: float = setting(
-        0.4, "share of the GPU's peak that training reaches: 0.3 to 0.5", 0.01, 1.0
+        0.4, "share of the GPU's peak that training reaches: 0.3 to 0.5", low=0.01, high=1.0
     )
 
 

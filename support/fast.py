@@ -26,7 +26,7 @@ class PackedLinear(nn.Module):
         self.weight = linear.weight.detach()  # (out, in)
         self.bias = linear.bias
         # There is no public interface for these two calls. Without them, or on a CPU that oneDNN
-        # does not support in this number type, forward computes F.linear.
+        # does not support in this data type, forward computes F.linear.
         try:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
         except (AttributeError, RuntimeError):

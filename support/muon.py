@@ -47,7 +47,7 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (n, rows, cols) with the same singular vectors and all singular values near 1.
 
     They are between 0.68 and 1.21 where they were above 0.2 % of the matrix's norm; smaller ones
-    grow 485 times. The result is in the number type that is fast on the device.
+    grow 485 times. The result is in the data type that is fast on the device.
     """
     rows, cols = matrices.shape[1:]
     if rows > cols:

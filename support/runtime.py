@@ -1,4 +1,4 @@
-"""Where a script runs: its device and number type, the ranks of a job, signals that stop it."""
+"""Where a script runs: its device and data type, the ranks of a job, signals that stop it."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ def best_device() -> str:
 
 
 def best_dtype(device: torch.device) -> str:
-    """The fastest number type for matrix products on device.
+    """The fastest data type for matrix products on device.
 
     bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere.
     """
@@ -72,7 +72,7 @@ def best_dtype(device: torch.device) -> str:
 
 
 def precision(dtype: str, device: torch.device) -> tuple[str, torch.autocast]:
-    """(number type, context for the forward pass) for --dtype; auto is best_dtype."""
+    """(data type, context for the forward pass) for --dtype; auto is best_dtype."""
     if dtype == "auto":
         dtype = best_dtype(device)
     enabled = dtype != "float32"
