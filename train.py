@@ -30,7 +30,16 @@ from support.dataset import DATA, open_dataset
 from support.kernels import choose_kernels
 from support.muon import Muon
 from support.pretrained import HUB, ignored_sizes, load_weights_of
-from support.runtime import Ranks, StopSignals, advice, compile_now, mfu, precision, share
+from support.runtime import (
+    Ranks,
+    StopSignals,
+    advice,
+    compile_now,
+    mfu,
+    precision,
+    settle_buckets,
+    share,
+)
 from support.settings import UserError, run_script, setting, user_error
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, (B, T) each
@@ -476,9 +485,12 @@ def main(s: Settings) -> None:
         network = torch.compile(model, options=options)
     if ranks.size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    batch = training_batch(train_tokens, config, s.seed, 0, 0, micro_batch_size)
+    batch = to_device(batch, device)
     if s.compile:
-        batch = training_batch(train_tokens, config, s.seed, 0, 0, micro_batch_size)
-        compile_now(network, model, to_device(batch, device), autocast, ranks)
+        compile_now(network, model, batch, autocast, ranks)
+    if ranks.size > 1:
+        settle_buckets(network, batch, autocast)
 
     signals = StopSignals(ranks)
     run.start(step, evaluated, seconds)

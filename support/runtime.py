@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from support.settings import UserError, user_error
 
@@ -281,6 +282,19 @@ def join(backend: str, device: torch.device, timeout: timedelta) -> None:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
     )
+
+
+def settle_buckets(network: DistributedDataParallel, batch: tuple, autocast: Any) -> None:
+    """Take a step after which DDP no longer changes its buckets of gradients.
+
+    After its first backward pass DDP sorts the gradients into new buckets, by the order in which
+    they came. With three ranks or more, the buckets decide in which order a gradient's parts are
+    added. Without this step, the first one after a resume would round differently.
+    """
+    with autocast:
+        loss = network(*batch)[1]
+    loss.backward()
+    network.zero_grad()
 
 
 def compile_now(
