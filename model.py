@@ -1,7 +1,8 @@
 """GPT-2 in one file: sizes, attention, MLP, block, model, KV cache. Read it from top to bottom.
 
 In the comments on shapes, B is the batch size, T the number of tokens, C the width (n_embd), H the
-number of heads and D = C / H the width of a head. The modules have the names of OpenAI's released
+number of heads and D = C / H the width of a head. S is the number of keys that attention looks at:
+T, or with a KVCache the previous tokens as well. The modules have the names of OpenAI's released
 weights (wte, wpe, h, ln_1, c_attn, ...).
 """
 
@@ -60,11 +61,11 @@ class CausalSelfAttention(nn.Module):
         # Without a cache, is_causal hides later tokens. With one, the mask from the cache does.
         mask = None
         if cache is not None:
-            k, v, mask = cache.update(self.layer, k, v)  # (B, H, S, D): previous tokens and these
+            k, v, mask = cache.update(self.layer, k, v)  # (B, H, S, D)
 
         # One fused kernel for
         #     scores = q @ k.transpose(2, 3) / math.sqrt(D)        # (B, H, T, S)
-        #     scores = scores.masked_fill(future, -math.inf)       # no query sees a later key
+        #     scores = scores.masked_fill(~mask, -math.inf)        # no query sees a later key
         #     weights = F.dropout(scores.softmax(dim=3), dropout)  # each row sums to 1
         #     y = weights @ v                                      # (B, H, T, D)
         y = F.scaled_dot_product_attention(
@@ -132,7 +133,7 @@ class MiniGPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.init_weights()  # before lm_head: it shares wte's weight, which would be drawn twice
+        self.init_weights()  # before lm_head, or the weight that it shares would be drawn twice
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # weight tying (Press & Wolf 2017)
 
@@ -191,9 +192,9 @@ class MiniGPT(nn.Module):
         logits = logits[..., : self.config.vocab_size]
         if targets is None:
             return logits, None
-        # in float32 also under autocast: bfloat16 would leave the loss two or three digits
+        # in float32: in bfloat16 the loss would have two or three digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        # detached: otherwise a compiled step writes a gradient of zeros as large as the logits
+        # detached: a compiled backward pass would fill their gradient, which is large, with zeros
         return logits.detach(), loss
 
     def check_ids(self, idx: torch.Tensor) -> None:
@@ -246,7 +247,7 @@ class KVCache:
             size = config.block_size
         self.size = size
         self.length = 0
-        self.positions = torch.arange(0, device=device)
+        self.positions = torch.arange(0, device=device)  # none yet, but on the right device
         shape = (batch_size, config.n_head, size, config.n_embd // config.n_head)
         layers = range(config.n_layer)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
@@ -274,7 +275,7 @@ class KVCache:
         True where a query sees a key. A single query sees every key: its mask is None.
         """
         T = k.size(2)
-        S = self.length
+        S = self.length  # `advance` has counted the T new tokens already
         self.keys[layer][:, :, S - T : S] = k
         self.values[layer][:, :, S - T : S] = v
         mask = None

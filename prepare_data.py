@@ -14,8 +14,8 @@ Hugging Face hub. A file, gzipped or not, is one of these:
 
 --field=NAME takes another key of the objects. The tokenizer's end-of-text token separates
 documents. Up to 100 text files are split by position: the last tenth of the characters, or
---val_share of them, is for validation. Otherwise a hash of its text decides on the split of each
-document, so that adding documents moves none.
+--val_share of them, is for validation. Otherwise each document goes to one split by a hash of its
+text (its first million characters), so that adding documents moves none.
 
 Writes data/NAME/train.bin and val.bin, token ids as little-endian uint16 (uint32 for vocabularies
 of more than 65,536), and meta.json with the tokenizer. Until it has finished, the previous dataset
@@ -43,6 +43,8 @@ from support.pretrained import find_tokenizer
 from support.settings import UserError, run_script, setting
 from support.sources import BUILT_IN, CHUNK_CHARS, Pieces, Source, find_sources, read_all
 from support.tokenizer import END_OF_TEXT, CharTokenizer, IdsTokenizer, Tokenizer, load_tokenizer
+
+# Text is read as pieces (is_new, text). With is_new, a document begins; it may be several pieces.
 
 BATCH_CHARS = CHUNK_CHARS // 2  # encoded at a time by a thread
 BATCHES_AHEAD = 2 * (os.cpu_count() or 1)  # batches of a split that may wait for a thread
@@ -73,7 +75,7 @@ def existing_tokenizer(name: str) -> Tokenizer | None:
     bpe = re.fullmatch(r"bpe:(\d+)", name)
     if bpe and int(bpe[1]) > 256:
         return None
-    return find_tokenizer(name)
+    return find_tokenizer(name)  # which refuses a smaller bpe:N too
 
 
 def first_pass(sources: list[Source], tokenizer: str, count: bool) -> tuple[int, Tokenizer | None]:
@@ -150,7 +152,7 @@ class TokenFile:
             self.write(BATCHES_AHEAD)
 
     def write(self, ahead: int = 0) -> None:
-        """Hand the batch to a thread, and write those before it until `ahead` are left."""
+        """Hand the batch to a thread, then write batches until at most `ahead` are waiting."""
         self.encoded.append(self.pool.submit(self.encode, self.batch))
         self.batch = []
         self.batch_chars = 0
@@ -215,8 +217,8 @@ def write_splits(
         val.finish()
     if max(train.n_documents, val.n_documents) > 1 and tokenizer.eos_token is None:
         notes.add(
-            "nothing separates documents: this tokenizer has no end-of-text token, as "
-            "bpe:4096 and gpt2 have"
+            "nothing separates documents: unlike bpe:4096 and gpt2, this tokenizer has no "
+            "end-of-text token"
         )
     for note in sorted(notes):
         print(f"note: {note}", file=sys.stderr)
@@ -250,6 +252,15 @@ def new_dataset(name: str) -> Iterator[Path]:
         shutil.rmtree(new)
 
 
+def write_meta(
+    folder: Path, name: str, source: str, tokenizer: Tokenizer, counts: dict[str, str | int]
+) -> dict:
+    """Write meta.json, which describes a dataset, to folder. Returns what it says."""
+    meta = {"dataset": name, "source": source, **counts, **tokenizer.meta}
+    write_json(folder / "meta.json", meta)
+    return meta
+
+
 def prepare(
     name: str,
     input: str = "",
@@ -277,12 +288,12 @@ def prepare(
     sources = find_sources(name, input, field)
     by_position = len(sources) <= MAX_FILES and all(source.is_document for source in sources)
     if by_position or text_tokenizer is None:
-        n_chars, own_tokenizer = first_pass(sources, tokenizer, count=by_position)
+        n_chars, learned = first_pass(sources, tokenizer, count=by_position)
         if text_tokenizer is None:
-            text_tokenizer = own_tokenizer
+            text_tokenizer = learned
     if special_tokens and not text_tokenizer.special_tokens:
         raise UserError(
-            f"--tokenizer={tokenizer} has no special tokens: bpe:4096, gpt2 and model folders have"
+            f"--tokenizer={tokenizer} has no special tokens: bpe:4096, gpt2 and model folders do"
         )
     text_tokenizer.special_in_text = special_tokens
     pieces = read_all(sources, "encoding")
@@ -297,15 +308,6 @@ def prepare(
     with new_dataset(name) as folder:
         counts = write_splits(folder, pieces, text_tokenizer, workers)
         return write_meta(folder, name, source, text_tokenizer, counts)
-
-
-def write_meta(
-    folder: Path, name: str, source: str, tokenizer: Tokenizer, counts: dict[str, str | int]
-) -> dict:
-    """Write meta.json, which describes a dataset, to folder. Returns what it says."""
-    meta = {"dataset": name, "source": source, **counts, **tokenizer.meta}
-    write_json(folder / "meta.json", meta)
-    return meta
 
 
 def main(s: Settings) -> None:

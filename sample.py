@@ -102,6 +102,7 @@ def next_token_probs(
 
     if top_p is not None and top_p < 1:
         ascending, order = logits.sort(-1)
+        # from the least likely up, those that together have at most 1 - top_p
         in_tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         in_tail[..., -1] = False  # the likeliest always stays
         excluded = torch.empty_like(in_tail).scatter(-1, order, in_tail)  # in the tokens' order
@@ -127,18 +128,18 @@ def stream(
 
     temperature, top_k and top_p as in `next_token_probs`. repetition_penalty divides the positive
     logits of tokens that are in the text already and multiplies their negative ones (Keskar et al.
-    2019, section 4.1). A row that has drawn eos_token is filled up with it; when every row has,
-    the text ends, on a GPU up to 15 tokens later. generator: on idx's device.
+    2019, section 4.1, as transformers does it). A row that has drawn eos_token is padded with it;
+    when every row has, the text ends, on a GPU up to 15 tokens later. generator: on idx's device.
 
     A text may be longer than block_size: whenever the cache is full, it is filled again with the
-    last half of the context, so the cost of a token stays bounded. Raises ValueError for an empty
-    prompt.
+    last half of the context, so the cost of a token stays bounded. An empty prompt raises
+    ValueError when the first token is asked for.
     """
     B, T = idx.shape
     if T == 0:
         raise ValueError("the prompt is empty: it needs at least one token")
     block_size = model.config.block_size
-    # cuDNN would plan its attention again, which takes 20 to 40 ms, for each length of the text.
+    # For the whole process: cuDNN would plan its attention again for each length, 20 to 40 ms.
     torch.backends.cuda.enable_cudnn_sdp(False)
     weight = next(model.parameters())
     size = min(block_size, T + max_new_tokens)  # of the cache, in tokens
@@ -150,7 +151,7 @@ def stream(
     done = torch.zeros(B, dtype=torch.bool, device=idx.device)
 
     uncached = idx[:, -block_size:]
-    for end in range(T, T + max_new_tokens):
+    for end in range(T, T + max_new_tokens):  # text[:, :end] is known, text[:, end] is next
         if cache.length + uncached.size(1) > block_size:
             cache.length = 0
             half = max(1, block_size // 2)
@@ -227,9 +228,10 @@ def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, s
         description = f"{path}: step {state['step']}, trained on {state['tokenizer']['source']}"
     dtype = s.dtype
     if dtype == "auto":
+        # On a CPU in bfloat16, the same seed would generate other texts than on another machine.
         dtype = best_dtype(device) if device.type == "cuda" else "float32"
     model = model.to(device, getattr(torch, dtype))
-    tokenizer.special_in_text = True  # who writes <|endoftext|> in a prompt means the token
+    tokenizer.special_in_text = True  # whoever writes <|endoftext|> in a prompt means the token
     return model, tokenizer, f"{description}; {device.type}, {dtype}"
 
 
@@ -284,6 +286,18 @@ def in_blocks(steps: Iterator[torch.Tensor], n: int) -> Iterator[list[int]]:
         yield from torch.stack(block).tolist()
 
 
+def sampling_options(s: Settings, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
+    """The options of `stream` that the settings ask for."""
+    return {
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "repetition_penalty": s.repetition_penalty,
+        "eos_token": tokenizer.eos_token if s.stop_at_eos else None,
+        "generator": torch.Generator(device).manual_seed(s.seed),
+    }
+
+
 def print_samples(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings) -> int:
     """Print prompt and its continuations, the first as it is generated.
 
@@ -291,18 +305,9 @@ def print_samples(model: MiniGPT, tokenizer: Tokenizer, prompt: str, s: Settings
     """
     device = next(model.parameters()).device
     idx = torch.tensor([tokenizer.encode(prompt)], device=device).expand(s.num_samples, -1)
-    eos_token = tokenizer.eos_token if s.stop_at_eos else None
-    steps = stream(
-        model,
-        idx,
-        s.max_new_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        repetition_penalty=s.repetition_penalty,
-        eos_token=eos_token,
-        generator=torch.Generator(device).manual_seed(s.seed),
-    )
+    options = sampling_options(s, tokenizer, device)
+    eos_token = options["eos_token"]
+    steps = stream(model, idx, s.max_new_tokens, **options)
     texts = [[] for _ in range(s.num_samples)]
     # A character may be several tokens: the decoder holds its bytes back until it is complete.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -86,10 +86,10 @@ class Settings:
     grad_clip: float = setting(1.0, "largest gradient norm, 0 for no limit", low=0.0)
     decay_lr: bool = setting(True, "warm up, then decay the learning rate; False keeps it constant")
     warmup_iters: int | None = setting(
-        None, "steps of linear warm-up, by default 2000 or a tenth of the run", low=0
+        None, "steps of linear warm-up, by default a tenth of the run, at most 2000", low=0
     )
     lr_decay_iters: int | None = setting(
-        None, "step at which the learning rate reaches min_lr, or max_iters", low=1
+        None, "step at which the learning rate reaches min_lr, by default max_iters", low=1
     )
     min_lr: float | None = setting(
         None, "final learning rate, by default a tenth of the peak", low=0.0
@@ -126,7 +126,8 @@ class Settings:
 
     def __post_init__(self):
         self.given = asdict(self)  # with None as it is: what a checkpoint remembers
-        resuming = Path(self.out_dir, "last.pt").exists()  # init_from is not read, and may be gone
+        # A run that is resumed does not read init_from again, which may be gone.
+        resuming = Path(self.out_dir, "last.pt").exists()
         known = RANDOM_INIT + HUB
         if self.init_from not in known and not Path(self.init_from).exists() and not resuming:
             raise UserError(
@@ -153,7 +154,7 @@ class Settings:
 def learning_rate(step: int, s: Settings) -> float:
     """Linear warm-up, then half a cosine from learning_rate down to min_lr.
 
-    Loshchilov & Hutter 2017, equation 5. The first step is 0.
+    Loshchilov & Hutter 2017, equation 5. Steps count from 0.
     """
     if not s.decay_lr:
         return s.learning_rate
@@ -228,7 +229,7 @@ def training_batch(
     number of ranks nor on where the run was interrupted.
     """
     rng = np.random.default_rng((seed, step))
-    # drawn from the beginning of the global batch, whoever takes which part
+    # Each rank draws from the start of the global batch, and drops what others take.
     starts = rng.integers(len(tokens) - config.block_size, size=first + n)
     return load_windows(tokens, starts[first:], config)
 
@@ -281,12 +282,12 @@ def evaluate(
     shown = time.monotonic()
     model.eval()
     for first in range(0, len(batches), n_ranks):
-        # Where batches run out, a rank evaluates the last one again and does not count it. The
+        # A rank for which no batch is left evaluates the last one again and does not count it: the
         # ranks wait for each other in agreed(), and in the model if it is sharded (forks/fsdp).
         index = first + rank
         batch = batches[min(index, len(batches) - 1)]
         x, y = to_device(load_windows(tokens, batch, config), device)
-        _, loss = model(x, y)
+        loss = model(x, y)[1]  # [1], so that the large logits are freed
         if index < len(batches):
             total += loss * len(batch)
         if signals is not None and signals.agreed() > 0:
@@ -335,7 +336,7 @@ def random_model(s: Settings, vocab_size: int) -> MiniGPT:
 
 
 def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
-    """A model to begin a run with: random weights, those of another run, or pretrained ones.
+    """A model for a new run: with random weights, those of another run, or pretrained ones.
 
     The last two keep their own block_size, unless one other than the default was chosen. Raises
     UserError where the model does not fit that or the dataset that meta describes.
@@ -343,7 +344,7 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
     if init_from in RANDOM_INIT:
         return random_model(s, meta["vocab_size"])
     block_size = None
-    if s.block_size != Settings.block_size:
+    if s.block_size != Settings.block_size:  # which is the default
         block_size = s.block_size
     return load_weights_of(init_from, block_size, s.dropout, meta)
 
@@ -361,9 +362,9 @@ def checkpoint_state(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        "config": s.given,
+        "config": s.given,  # the settings; this name and the next are nanoGPT's
         "model_args": asdict(model.config),
-        "tokenizer": meta,  # the dataset's, which describe its tokenizer
+        "tokenizer": meta,  # describes the dataset's text and its tokenizer
         **progress,
     }
 
@@ -386,13 +387,13 @@ def due(step: int, interval: int) -> bool:
 
 
 def time_left(step: int, s: Settings, step_seconds: float, eval_seconds: float) -> str:
-    """How long the rest of the run takes, as H:MM:SS, with its evaluations and saves."""
+    """How long the rest of the run takes, with its evaluations and saves: 1:02:03 left."""
     n_evals = math.ceil(s.max_iters / s.eval_interval) - step // s.eval_interval
     seconds = (s.max_iters - step) * step_seconds + n_evals * eval_seconds
     return f"{timedelta(seconds=round(seconds))} left"
 
 
-@advice()
+@advice()  # below an error of memory or communication, says what may help
 def main(s: Settings) -> None:
     # one process per rank, each with a device and its share of a step
     ranks = Ranks(s.device, s.backend, s.timeout)
@@ -409,7 +410,7 @@ def main(s: Settings) -> None:
     state = run.load(s.init_from)
     torch.manual_seed(s.seed)
     if state is not None:
-        run.check(state, meta, s.given)
+        run.check(state, meta, s.given)  # the same data and sizes; prints other changes
         init_from = state["init_from"]
         model = model_from_checkpoint(state, run.last, s.dropout)
     else:
@@ -439,7 +440,7 @@ def main(s: Settings) -> None:
         # The moments are those of the run; learning rate, betas, ... are those of this command.
         state["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state["optimizer"])
-        if scaling and state["scaler"]["scale"] > 1:  # 1 if the run was not in float16
+        if scaling and state.get("dtype") == dtype:  # the run was in float16 before
             scaler.load_state_dict(state["scaler"])
         step = state["step"]
         evaluated = state["evaluated"]
@@ -457,7 +458,7 @@ def main(s: Settings) -> None:
         f"step: {tokens_per_step:,} tokens on {ranks.size} x {device}, {dtype}, "
         f"{micro_steps} x {micro_batch_size} sequences each\n"
         f"run: {s.max_iters:,} steps, {epochs:,.1f} epochs: "
-        f"each token is read {epochs:,.1f} times"
+        f"each token is read {epochs:,.1f} times on average"
     )
     if epochs > 20:
         ranks.say("     more than 20 epochs may overfit: docs/your_text.md has better numbers")
@@ -471,14 +472,14 @@ def main(s: Settings) -> None:
     if stopped_early or evaluated >= s.max_iters:
         ranks.say(
             f"nothing to train: {run.folder} is finished at step {step}, "
-            f"with a loss of {best_val_loss:.4f}\n"
+            f"with a best validation loss of {best_val_loss:.4f}\n"
             f"to train longer raise --max_iters, to start over delete {run.folder}"
         )
         ranks.leave()
         return
 
-    # A training step calls network: model, compiled and in DDP. Both share their weights, and model
-    # itself is evaluated and saved.
+    # A training step calls network: model, compiled and in DDP. Both share their weights. model
+    # itself is saved, and evaluated: other batch sizes would be compiled again.
     network = model
     if s.compile:
         options = {"deterministic": True} if s.deterministic else None
@@ -503,9 +504,10 @@ def main(s: Settings) -> None:
     skipped = torch.zeros((), device=device)
     max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
 
-    def save():
+    def save():  # the values at the time of the call, as they are resumed above
         progress = {
             "init_from": init_from,
+            "dtype": dtype,
             "step": step,
             "evaluated": evaluated,
             "best_val_loss": best_val_loss,
@@ -516,7 +518,6 @@ def main(s: Settings) -> None:
 
     while True:
         # What is due? All ranks come to the same answer.
-        pause_start = time.perf_counter()
         stop_signal = signals.agreed()
         overdue = ranks.any(run.minutes_unsaved() > s.save_minutes)
         finished = step >= s.max_iters
@@ -525,6 +526,9 @@ def main(s: Settings) -> None:
         saving = stop_signal or overdue or evaluating or keeping or due(step, s.save_interval)
 
         # Save first: an evaluation may take long, and be interrupted.
+        if saving and device.type != "cpu":
+            torch.accelerator.synchronize()  # steps that are still computed are no pause
+        pause_start = time.perf_counter()
         if saving and run.saved_step < step:
             save()
         if keeping:
@@ -537,12 +541,12 @@ def main(s: Settings) -> None:
             with autocast:
                 val_loss = evaluate(model, val_tokens, s.batch_size, s.eval_iters, ranks, signals)
             if val_loss is None:
-                continue  # interrupted by a signal, at which the next turn stops
+                continue  # interrupted by a signal: the next turn stops
             evaluated = step
             if val_loss < best_val_loss:
                 best_val_loss = val_loss
                 worse_evals = 0
-                run.link_last_as("best.pt")
+                run.link_last_as("best.pt")  # last.pt is of this step: saved above
             else:
                 worse_evals += 1
             run.log(step, s.max_iters, **metrics_of(val_loss, meta))
@@ -579,7 +583,7 @@ def main(s: Settings) -> None:
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         scaler.step(optimizer)  # skipped where the gradient is not finite
-        scaler.update(None if scaling else 1.0)  # outside float16 the scale stays 1
+        scaler.update(None if scaling else 1.0)  # 1.0, or it would double after 2000 steps
         model.zero_grad()
         skipped += grad_norm.isfinite().logical_not()  # stays on the device
         step += 1
@@ -618,7 +622,7 @@ def main(s: Settings) -> None:
                 not_finite = 0
             if not_finite == 3:
                 raise UserError(
-                    f"loss or gradient not finite in three log lines in a row, to step {step}: "
+                    f"loss or gradient not finite in three log lines in a row, up to step {step}: "
                     f"{run.way_back()}"
                 )
 

@@ -156,20 +156,16 @@ def generate_texts(
     One in which the end-of-text token was drawn ends before it.
     """
     device = model.wte.weight.device
-    eos_token = tokenizer.eos_token if s.stop_at_eos else None
+    options = sample.sampling_options(s, tokenizer, device)
     if device.type == "cpu":
         model = pack(model, s.num_samples)
     text = sample.generate(
         model,
         torch.tensor([ids], device=device).expand(s.num_samples, -1),
         s.max_new_tokens,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        repetition_penalty=s.repetition_penalty,
-        eos_token=eos_token,
-        generator=torch.Generator(device).manual_seed(s.seed),
+        **options,
     )
+    eos_token = options["eos_token"]
     continuations = text[:, len(ids) :].tolist()
     return [list(takewhile(lambda token: token != eos_token, row)) for row in continuations]
 

@@ -338,7 +338,7 @@ def load_weights_of(
 
 
 def ignored_sizes(config: GPTConfig, settings: Any) -> list[str]:
-    """The sizes in settings, as "name=value", that the user chose and a loaded model has not."""
+    """The sizes, as "name=value", that the user chose in settings and a loaded model lacks."""
     ignored = []
     for name, own in asdict(config).items():
         if name == "vocab_size":  # comes from the dataset

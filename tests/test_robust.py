@@ -449,7 +449,7 @@ def test_after_three_broken_log_lines_a_run_ends_and_names_the_way_back(train, b
     before = Path("out/last.pt").read_bytes()
     changes = {"max_iters": 20, "eval_interval": 20, "gradient_accumulation_steps": 1}
     message = fails(capsys, train, **changes)
-    assert "not finite in three log lines in a row, to step 9" in message
+    assert "not finite in three log lines in a row, up to step 9" in message
     assert f"--init_from={Path('out/best.pt')} --out_dir=NEW" in message
     assert "--learning_rate" in message
     assert Path("out/last.pt").read_bytes() == before
