@@ -58,14 +58,15 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
-        # Without a cache, is_causal hides later tokens. With one, the mask from the cache does.
+        # Without a cache, is_causal hides later tokens. It takes the first query for the first
+        # token, which with a cache it is not: then the cache makes the mask.
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)  # (B, H, S, D)
 
         # One fused kernel for
         #     scores = q @ k.transpose(2, 3) / math.sqrt(D)        # (B, H, T, S)
-        #     scores = scores.masked_fill(~mask, -math.inf)        # no query sees a later key
+        #     scores = scores.masked_fill(~mask, -math.inf)        # mask: where a query sees a key
         #     weights = F.dropout(scores.softmax(dim=3), dropout)  # each row sums to 1
         #     y = weights @ v                                      # (B, H, T, D)
         y = F.scaled_dot_product_attention(
@@ -162,19 +163,20 @@ class MiniGPT(nn.Module):
 
         idx: (B, T) token ids. targets: (B, T), the id that follows each token, or -100 where the
         loss should ignore it. cache: the KVCache of the tokens before idx; idx is appended to it.
-        Give targets or a cache, not both.
 
         Returns (logits, loss). logits: (B, T, vocab_size), or with a cache (B, 1, vocab_size).
         loss: the mean cross-entropy in nats, or None without targets. With targets the logits are
         detached: backpropagate through the loss.
 
-        Raises ValueError for no token or more than block_size tokens, and on the CPU for ids
-        outside the vocabulary.
+        Raises ValueError for no token or more than block_size tokens, and on a CPU, if it is not
+        compiled, for ids outside the vocabulary.
         """
+        if targets is not None and cache is not None:
+            raise ValueError("targets or a cache: not both")
         self.check_ids(idx)
         T = idx.size(1)
         if cache is None:
-            if self.config.block_size < T:
+            if T > self.config.block_size:
                 raise ValueError(f"{T} tokens exceed block_size ({self.config.block_size})")
             positions = torch.arange(T, device=idx.device)
         else:
@@ -194,14 +196,14 @@ class MiniGPT(nn.Module):
             return logits, None
         # in float32: in bfloat16 the loss would have two or three digits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        # detached: a compiled backward pass would fill their gradient, which is large, with zeros
+        # detached: else a compiled backward pass allocates a gradient of zeros as large as logits
         return logits.detach(), loss
 
     def check_ids(self, idx: torch.Tensor) -> None:
         """Raise ValueError for no token ids, and on a CPU for ids outside the vocabulary.
 
         Without this check, ids in the padding of the embedding would pass unnoticed. On a GPU,
-        looking at the ids would force a synchronisation.
+        looking at the ids would force a synchronisation, and when compiled break the graph.
         """
         if idx.size(1) == 0:
             raise ValueError("no tokens: a sequence needs at least one")
@@ -219,7 +221,8 @@ class MiniGPT(nn.Module):
 
         A weight takes one multiply-add, which is 2 operations, in the forward pass, and twice that
         in the backward pass: 6 in all. In each layer, q @ k and weights @ v take T C multiply-adds
-        each per token: 12 T C. The position embedding is only looked up.
+        each per token: 12 T C. The position embedding, which is only looked up, does not count; the
+        token embedding does, as it is also the output head's weight.
         """
         n_weights = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
         config = self.config
@@ -230,9 +233,9 @@ class KVCache:
     """The keys and values of all previous tokens, so that each token is computed only once.
 
     `keys` and `values` hold a tensor (B, H, size, D) per layer, allocated once and written in
-    place; the first `length` positions are filled. size: the most tokens it can hold, by default
-    block_size. For new tokens, the model calls `advance` once, which sets their `positions`, and
-    then each layer calls `update`. Set `length = 0` to start over.
+    place; the first `length` positions are filled. size: how many tokens it can hold, by default
+    and at most block_size. For new tokens, the model calls `advance` once, which sets their
+    `positions`, and then each layer calls `update`. Set `length = 0` to start over.
     """
 
     def __init__(
@@ -243,7 +246,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
         size: int | None = None,
     ):
-        if size is None:
+        if size is None or size > config.block_size:
             size = config.block_size
         self.size = size
         self.length = 0

@@ -44,7 +44,7 @@ from support.settings import UserError, run_script, setting
 from support.sources import BUILT_IN, CHUNK_CHARS, Pieces, Source, find_sources, read_all
 from support.tokenizer import END_OF_TEXT, CharTokenizer, IdsTokenizer, Tokenizer, load_tokenizer
 
-# Text is read as pieces (is_new, text). With is_new, a document begins; it may be several pieces.
+# Text is read in pieces, (is_new, text): is_new is True for the first piece of a document.
 
 BATCH_CHARS = CHUNK_CHARS // 2  # encoded at a time by a thread
 BATCHES_AHEAD = 2 * (os.cpu_count() or 1)  # batches of a split that may wait for a thread
@@ -87,13 +87,14 @@ def first_pass(sources: list[Source], tokenizer: str, count: bool) -> tuple[int,
     chars = set()
     sample = []
     room = SAMPLE_CHARS
+    # A BPE learns from every stride-th piece, so that the sample spans the text.
     stride = 1 + sum(source.size for source in sources) // SAMPLE_CHARS
     is_bpe = tokenizer.startswith("bpe:")
     for i, (_, text) in enumerate(read_all(sources, "reading")):
         n_chars += len(text)
         if tokenizer == "char":
             chars.update(text)
-        elif is_bpe and room > 0 and i % stride == 0:  # evenly spread, where the size is known
+        elif is_bpe and room > 0 and i % stride == 0:
             sample.append(text[:room])
             room -= len(sample[-1])
         if is_bpe and room == 0 and not count:
@@ -126,7 +127,10 @@ def split_by_hash(pieces: Pieces, val_share: float) -> Iterator[tuple[str, bool,
 
 
 class TokenFile:
-    """Writes texts to a file as token ids. The threads of pool compute them by encode(texts)."""
+    """Writes text to a file as token ids, which the threads of pool compute by encode(batch).
+
+    encode also inserts the end-of-text tokens.
+    """
 
     def __init__(self, file: BinaryIO, pool: Executor, encode: Callable):
         self.file = file
@@ -196,8 +200,8 @@ def write_splits(
     def start_thread():
         thread.tokenizer = load_tokenizer(tokenizer.meta)  # threads that share one are slower
 
-    def encode(texts):
-        return thread.tokenizer.encode_texts(texts).astype(dtype)
+    def encode(batch):
+        return thread.tokenizer.encode_texts(batch).astype(dtype)
 
     digest = hashlib.sha256()
     notes = set()
@@ -311,8 +315,8 @@ def prepare(
 
 
 def main(s: Settings) -> None:
-    # Python's threads take turns of 5 ms. With shorter ones the thread that reads keeps those that
-    # encode busy: JSON lines take a fifth less time.
+    # Python switches threads every 5 ms. More often, the thread that reads keeps those that encode
+    # busy: JSON lines take a fifth less time.
     sys.setswitchinterval(2e-4)
     meta = prepare(s.name, s.input, s.tokenizer, s.val_share, s.field, s.special_tokens)
     print(

@@ -74,7 +74,7 @@ def next_token_probs(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> torch.Tensor:
-    """The probabilities to draw the next token from: (B, vocab_size) logits to float32.
+    """Logits to the probabilities of the next token, both (B, vocab_size); in float32.
 
     First the logits are divided by temperature; 0 gives all probability to the likeliest token.
     Then all but the top_k likeliest tokens are excluded (Fan et al. 2018), except for ties with the
@@ -124,7 +124,7 @@ def stream(
     eos_token: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield the tokens that follow idx, (B, T) token ids: max_new_tokens times a (B,) tensor.
+    """Yield the tokens that follow idx, (B, T) token ids: up to max_new_tokens tensors, (B,) each.
 
     temperature, top_k and top_p as in `next_token_probs`. repetition_penalty divides the positive
     logits of tokens that are in the text already and multiplies their negative ones (Keskar et al.
@@ -139,7 +139,7 @@ def stream(
     if T == 0:
         raise ValueError("the prompt is empty: it needs at least one token")
     block_size = model.config.block_size
-    # For the whole process: cuDNN would plan its attention again for each length, 20 to 40 ms.
+    # In the whole process: cuDNN plans its attention anew for each length, which takes 20 to 40 ms.
     torch.backends.cuda.enable_cudnn_sdp(False)
     weight = next(model.parameters())
     size = min(block_size, T + max_new_tokens)  # of the cache, in tokens
@@ -165,7 +165,7 @@ def stream(
             logits = torch.where(seen, penalized, logits)
 
         if temperature == 0:
-            token = logits.argmax(-1)
+            token = logits.argmax(-1)  # without noise
         else:
             probs = next_token_probs(logits, temperature, top_k, top_p)
             # The argmax of p_i / Exp(1) is i with probability p_i. torch.multinomial does the same,
@@ -203,7 +203,7 @@ def generate(
 def load_model(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[MiniGPT, Tokenizer, dict[str, Any]]:
-    """(model in eval mode, tokenizer, checkpoint) of a checkpoint or a run's folder.
+    """(model in eval mode, tokenizer, checkpoint) from a checkpoint or a run's folder.
 
     Raises UserError where it is missing or damaged.
     """

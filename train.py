@@ -3,7 +3,8 @@
 python train.py config/shakespeare.py                      start here: minutes, on anything
 python train.py config/shakespeare.py --max_iters=200      settings come from config files and flags
 python train.py --out_dir=out/shakespeare                  resume a run with its own settings
-torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs
+torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs, on the text
+                                                           that config/gpt2.py says how to prepare
 
 Run the same command again to resume. A run writes to out_dir: last.pt (to resume from), best.pt
 (the lowest validation loss so far) and metrics.jsonl.
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
 from support.checkpoint import RANDOM_INIT, Run, model_from_checkpoint, previous_settings
-from support.dataset import DATA, open_dataset
+from support.dataset import DATA, check_length, open_dataset
 from support.kernels import choose_kernels
 from support.muon import Muon
 from support.pretrained import HUB, ignored_sizes, load_weights_of
@@ -125,7 +126,7 @@ class Settings:
     timeout: int = setting(600, "seconds that a rank waits for another", low=1)
 
     def __post_init__(self):
-        self.given = asdict(self)  # with None as it is: what a checkpoint remembers
+        self.given = asdict(self)  # what a checkpoint stores: before None is replaced below
         # A run that is resumed does not read init_from again, which may be gone.
         resuming = Path(self.out_dir, "last.pt").exists()
         known = RANDOM_INIT + HUB
@@ -190,7 +191,8 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
         "lr": s.learning_rate,
         "betas": (s.beta1, s.beta2),
         "weight_decay": s.weight_decay,
-        # on mps, fused AdamW may ignore the scaler (PyTorch issue 186360)
+        # A scaler leaves it to a fused optimiser to skip a step, which on mps it may not do
+        # (PyTorch issue 186360).
         "fused": matrices[0].device.type != "mps",
     }
     if s.optimizer == "adamw":
@@ -338,10 +340,10 @@ def random_model(s: Settings, vocab_size: int) -> MiniGPT:
 def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
     """A model for a new run: with random weights, those of another run, or pretrained ones.
 
-    The last two keep their own block_size, unless one other than the default was chosen. Raises
-    UserError where the model does not fit that or the dataset that meta describes.
+    The last two keep their own block_size where s has the default. Raises UserError for a
+    block_size that the model can't have, and for a dataset with other tokens than its own.
     """
-    if init_from in RANDOM_INIT:
+    if init_from in RANDOM_INIT:  # "resume" can't be: it needs a run
         return random_model(s, meta["vocab_size"])
     block_size = None
     if s.block_size != Settings.block_size:  # which is the default
@@ -388,12 +390,12 @@ def due(step: int, interval: int) -> bool:
 
 def time_left(step: int, s: Settings, step_seconds: float, eval_seconds: float) -> str:
     """How long the rest of the run takes, with its evaluations and saves: 1:02:03 left."""
-    n_evals = math.ceil(s.max_iters / s.eval_interval) - step // s.eval_interval
+    n_evals = math.ceil(s.max_iters / s.eval_interval) - (step - 1) // s.eval_interval
     seconds = (s.max_iters - step) * step_seconds + n_evals * eval_seconds
     return f"{timedelta(seconds=round(seconds))} left"
 
 
-@advice()  # below an error of memory or communication, says what may help
+@advice()  # prints a hint after an out-of-memory or communication error
 def main(s: Settings) -> None:
     # one process per rank, each with a device and its share of a step
     ranks = Ranks(s.device, s.backend, s.timeout)
@@ -403,7 +405,7 @@ def main(s: Settings) -> None:
 
     # data
     dataset = ranks.run_on_first(ensure_dataset, s.dataset)
-    train_tokens, val_tokens, meta = open_dataset(dataset, s.block_size)
+    train_tokens, val_tokens, meta = open_dataset(dataset)
 
     # model: that of the run in out_dir, or a new one
     run = Run(s.out_dir, ranks, read_only=s.eval_only)
@@ -422,7 +424,9 @@ def main(s: Settings) -> None:
     model.activation_checkpointing = s.activation_checkpointing
     model.to(device)
     config = model.config
-    n_scores = micro_batch_size * config.n_head * config.block_size**2  # of attention, per layer
+    check_length(meta, config.block_size)
+    # in the attention of a layer: their number decides which kernel is fastest on a CPU
+    n_scores = micro_batch_size * config.n_head * config.block_size**2
     choose_kernels(device, dtype, n_scores, s.deterministic)
 
     optimizer = make_optimizer(model, s)
@@ -447,7 +451,7 @@ def main(s: Settings) -> None:
         best_val_loss = state["best_val_loss"]
         worse_evals = state["worse_evals"]
         seconds = state["seconds"]
-    del state  # as large as the model and its optimiser
+    del state  # frees a copy of the weights and moments
 
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * config.block_size
     epochs = s.max_iters * tokens_per_step / len(train_tokens)
@@ -470,10 +474,11 @@ def main(s: Settings) -> None:
         return
     stopped_early = 0 < s.patience <= worse_evals
     if stopped_early or evaluated >= s.max_iters:
+        limit = "--patience" if stopped_early else "--max_iters"
         ranks.say(
             f"nothing to train: {run.folder} is finished at step {step}, "
             f"with a best validation loss of {best_val_loss:.4f}\n"
-            f"to train longer raise --max_iters, to start over delete {run.folder}"
+            f"to train longer raise {limit}, to start over delete {run.folder}"
         )
         ranks.leave()
         return
@@ -494,7 +499,7 @@ def main(s: Settings) -> None:
         settle_buckets(network, batch, autocast)
 
     signals = StopSignals(ranks)
-    run.start(step, evaluated, seconds)
+    run.start(step, evaluated, seconds)  # drops metrics that will be logged again
     log_step = step  # of the last log line
     log_time = time.perf_counter()
     paused = 0.0  # seconds since then that were not spent on training
@@ -504,7 +509,7 @@ def main(s: Settings) -> None:
     skipped = torch.zeros((), device=device)
     max_norm = s.grad_clip if s.grad_clip > 0 else math.inf
 
-    def save():  # the values at the time of the call, as they are resumed above
+    def save():  # what `if state is not None` above restores
         progress = {
             "init_from": init_from,
             "dtype": dtype,
@@ -527,7 +532,7 @@ def main(s: Settings) -> None:
 
         # Save first: an evaluation may take long, and be interrupted.
         if saving and device.type != "cpu":
-            torch.accelerator.synchronize()  # steps that are still computed are no pause
+            torch.accelerator.synchronize()  # queued steps are training, not a pause
         pause_start = time.perf_counter()
         if saving and run.saved_step < step:
             save()
@@ -552,8 +557,8 @@ def main(s: Settings) -> None:
             run.log(step, s.max_iters, **metrics_of(val_loss, meta))
             if worse_evals == 2 and not s.patience:
                 ranks.say(
-                    f"no better than {best_val_loss:.4f} at two evaluations in a row: best.pt has "
-                    "the best weights; --patience=2 would stop here, fewer --max_iters earlier"
+                    f"no better than {best_val_loss:.4f} in two evaluations in a row: best.pt has "
+                    "the best weights; --patience=2 would stop here, a lower --max_iters earlier"
                 )
             eval_seconds = time.perf_counter() - pause_start
         stopped_early = 0 < s.patience <= worse_evals
@@ -617,9 +622,11 @@ def main(s: Settings) -> None:
                 ms_per_step=1000 * step_seconds,
                 mfu=mfu(flops_per_rank, device),
             )
-            not_finite += 1
+            # In float16, infinite gradients are how the scaler finds its scale.
             if math.isfinite(loss) and (scaling or math.isfinite(grad_norm)):
                 not_finite = 0
+            else:
+                not_finite += 1
             if not_finite == 3:
                 raise UserError(
                     f"loss or gradient not finite in three log lines in a row, up to step {step}: "

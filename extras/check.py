@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model import MiniGPT
-from support.dataset import open_dataset
+from support.dataset import check_length, open_dataset
 from support.runtime import advice, pick_device, precision
 from support.settings import UserError, run_script
 from train import (
@@ -128,11 +128,12 @@ def check(s: Settings) -> float:
     s = replace(s, dropout=0.0, max_iters=steps, lr_decay_iters=steps, warmup_iters=steps // 10)
     device = pick_device(s.device)
     _, autocast = precision(s.dtype, device)
-    tokens, _, meta = open_dataset(ensure_dataset(s.dataset), s.block_size)
+    tokens, _, meta = open_dataset(ensure_dataset(s.dataset))
     torch.manual_seed(s.seed)
     model = initial_model(s.init_from, s, meta).to(device)
     optimizer = make_optimizer(model, s)
-    rows = min(s.batch_size, len(tokens) - s.block_size)
+    check_length(meta, model.config.block_size)
+    rows = min(s.batch_size, len(tokens) - model.config.block_size)
     x, y = to_device(load_windows(tokens, np.arange(rows), model.config), device)
 
     watch = Watch(model)

@@ -24,11 +24,11 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", "..") and Path(name).name == name
 
 
-def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def open_dataset(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(training tokens, validation tokens, meta) of data/name; the tokens are memory-mapped, (n,).
 
-    A folder without meta.json may be nanoGPT's: GPT-2 tokens as uint16. Raises UserError for damage
-    and for a split of no more than block_size tokens.
+    A folder without meta.json may be nanoGPT's: GPT-2 tokens as uint16. Raises UserError for
+    damage.
     """
     folder = DATA / name
     if not is_plain_name(name) and (Path(name) / "train.bin").exists():
@@ -47,13 +47,19 @@ def open_dataset(name: str, block_size: int = 0) -> tuple[np.ndarray, np.ndarray
         meta.setdefault(f"{split}_tokens", len(tokens))
         if len(tokens) != meta[f"{split}_tokens"]:
             raise UserError(f"{folder / split}.bin has a wrong size: prepare the dataset again")
-        if len(tokens) <= block_size:
-            raise UserError(
-                f"{folder / split}.bin has only {len(tokens)} tokens; block_size {block_size} "
-                f"needs at least {block_size + 1}: give more text or a smaller --block_size"
-            )
         splits.append(tokens)
     return *splits, meta
+
+
+def check_length(meta: dict[str, Any], block_size: int) -> None:
+    """Raise UserError where a split of a dataset is too short for a window and its last target."""
+    for split in ("train", "val"):
+        n = meta[f"{split}_tokens"]
+        if n <= block_size:
+            raise UserError(
+                f"data/{meta['dataset']}/{split}.bin has only {n} tokens; block_size {block_size} "
+                f"needs at least {block_size + 1}: give more text or a smaller --block_size"
+            )
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def test_a_finished_run_trains_nothing(train, capsys):
 def test_a_run_that_gets_no_better_says_so_in_one_line(train, capsys):
     train(learning_rate=0.0, min_lr=0.0, max_iters=15)  # best at 3
     printed = capsys.readouterr().out
-    assert printed.count("at two evaluations in a row: best.pt has the best weights") == 1
+    assert printed.count("in two evaluations in a row: best.pt has the best weights") == 1
     assert "--patience=2" in printed and "--max_iters" in printed
 
 
