@@ -523,8 +523,8 @@ def main(s: Settings) -> None:
 
     while True:
         # What is due? All ranks come to the same answer.
-        stop_signal = signals.agreed()
-        overdue = ranks.any(run.minutes_unsaved() > s.save_minutes)
+        overdue = run.minutes_unsaved() > s.save_minutes
+        stop_signal, overdue = ranks.maximum(signals.received, overdue)  # a signal's number, or 0
         finished = step >= s.max_iters
         evaluating = evaluated < step and (finished or due(step, s.eval_interval))
         keeping = due(step, s.keep_interval)

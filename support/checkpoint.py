@@ -223,9 +223,8 @@ class Run:
             self.ranks.say(f"no run in {self.folder} yet: a new model with random weights")
         else:
             self.ranks.say(f"no run in {self.folder} yet: starts with the weights of {init_from}")
-        highest = self.ranks.maximum(step)
-        lowest = -self.ranks.maximum(-step)
-        if highest != lowest:
+        highest, minus_lowest = self.ranks.maximum(step, -step)
+        if highest != -minus_lowest:
             raise UserError(
                 f"not all ranks found the same {self.last}: "
                 "out_dir must be where all machines see it"

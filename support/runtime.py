@@ -188,17 +188,16 @@ class Ranks:
             dist.broadcast_object_list(values, group=self.cpu_group)
         return values[0]
 
-    def maximum(self, value: int) -> int:
-        """The largest value of any rank."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.cpu_group)
-        return tensor.item()
+    def maximum(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        tensor = torch.tensor(values)
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.cpu_group)
+        return tensor.tolist()
 
     def any(self, value: bool) -> bool:
         """Whether value is true on any rank."""
-        return self.maximum(int(value)) == 1
+        return self.maximum(int(value)) == [1]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """tensor, summed in place over all ranks."""
@@ -253,7 +252,7 @@ class StopSignals:
 
     def agreed(self) -> int:
         """The number of a signal that any rank has received, or 0. All ranks call this together."""
-        return self.ranks.maximum(self.received)
+        return self.ranks.maximum(self.received)[0]
 
     def restore(self) -> None:
         """Hand the signals back to whoever handled them before."""

@@ -9,7 +9,7 @@ import torch
 
 from model import GPTConfig, MiniGPT
 from prepare_data import prepare
-from support.dataset import open_dataset
+from support.dataset import check_length, open_dataset
 from support.settings import UserError
 from support.tokenizer import load_tokenizer
 from tests.conftest import TINY
@@ -176,10 +176,11 @@ def test_each_mistake_is_one_line_that_says_what_to_do(examples):
         prepare("qa", "qa.jsonl", "char", field=FIELD)
     with pytest.raises(UserError, match=r"line 1: .*no reply here; choose .*prompt, answer"):
         prepare("qa", "qa.jsonl", "bpe:300", field="prompt,reply")
-    longest = open_dataset("qa")[0]["place"].max() + 1
-    open_dataset("qa", longest - 1)  # a window has one token more than block_size
+    tokens, _, meta = open_dataset("qa")
+    longest = tokens["place"].max() + 1
+    check_length(meta, longest - 1)  # a window has one token more than block_size
     with pytest.raises(UserError, match=rf"of {longest} tokens: .*--block_size={longest - 1}"):
-        open_dataset("qa", longest - 2)
+        check_length(meta, longest - 2)
 
 
 def test_a_text_in_the_tokens_of_examples_keeps_its_plain_file(examples):
