@@ -645,6 +645,7 @@ def main(s: Settings) -> None:
         early = ", stopped early" if stopped_early else ""
         ranks.say(f"done: best validation loss {best_val_loss:.4f}{early}")
         ranks.say(f"next: python sample.py --out_dir={s.out_dir}")
+    del network  # DDP before its process group: the other way round, they may deadlock
     ranks.leave()
     if stop_signal:
         signal.raise_signal(stop_signal)  # so that a shell or torchrun sees why this process ended
