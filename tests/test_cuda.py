@@ -1,4 +1,4 @@
-"""What only a GPU can show: numbers, decoding by CUDA graphs, and train.py on one. Three minutes."""
+"""What only a GPU can show: numbers, decoding by CUDA graphs, train.py. Three minutes."""
 
 import os
 import subprocess
@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_model
 
-from model import GPTConfig, MiniGPT
 from sample import generate
 from support.fast import CompiledDecoder
 from support.kernels import choose_kernels
@@ -23,9 +22,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def model(**changes):
-    torch.manual_seed(0)
-    sizes = {"block_size": 256, "vocab_size": 1001, "n_layer": 2, "n_head": 4, "n_embd": 256}
-    return MiniGPT(GPTConfig(**(sizes | changes)))
+    sizes = {"block_size": 256, "vocab_size": 1001, "n_head": 4, "n_embd": 256}
+    return tiny_model(**(sizes | changes))
 
 
 def random_batch():
@@ -118,10 +116,8 @@ def train(folder, out_dir, *flags, ranks=1):
     command += ["--n_layer=2", "--n_head=2", "--n_embd=128", "--block_size=128", "--batch_size=8"]
     command += ["--gradient_accumulation_steps=2", "--log_interval=1", "--eval_interval=20"]
     command += ["--eval_iters=4", "--warmup_iters=4", "--lr_decay_iters=20", "--device=cuda:0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *flags], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    done = subprocess.run([*command, *flags], cwd=folder, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     from extras.plot import read_metrics
 

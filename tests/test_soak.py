@@ -101,7 +101,7 @@ def two_machines():
         pytest.skip("needs root and the command ip, to make network name spaces")
 
     def ip(words, check=True):
-        subprocess.run(["ip", *words.split()], check=check)
+        subprocess.run(["ip", *words.split()], check=check, capture_output=True)
 
     names = ["minigpt-a", "minigpt-b"]
     for name in names:
