@@ -84,6 +84,8 @@ def workdir(tmp_path, monkeypatch):
 def restored():
     """Signal handlers and attention kernels are as before when the test has ended."""
     handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
+    gc.collect()
+    gc.freeze()  # to look through all packages before each run would take a third of the time
     yield
     for number, handler in handlers:
         signal.signal(number, handler)
