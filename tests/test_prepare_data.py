@@ -397,21 +397,6 @@ def test_an_interrupted_preparation_leaves_the_old_dataset_and_the_next_one_star
     assert not Path("data/killed/partial").exists()
 
 
-def test_a_failed_preparation_leaves_the_old_dataset(workdir, monkeypatch):
-    before = {p: p.read_bytes() for p in Path("data/tiny").glob("*.*")}
-    write("tiny.txt", "other text " * 100)
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    for target in ("support.checkpoint.write_atomically", "prepare_data.TokenFile.write"):
-        with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
-            m.setattr(target, full_disk)
-            prepare("tiny", "tiny.txt", "byte")
-        assert {p: p.read_bytes() for p in Path("data/tiny").glob("*.*")} == before
-        assert open_dataset("tiny")[2]["tokenizer"] == "char"
-
-
 @pytest.mark.parametrize("file", ["train.bin", "val.bin", "meta.json"])
 def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_is_whole(
     workdir, monkeypatch, file
@@ -423,19 +408,17 @@ def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_i
             raise KeyboardInterrupt
         replace(source, target)
 
-    def dies(*args):
-        raise KeyboardInterrupt
-
     write("other.txt", TEXT[::-1])  # of the same length, with the same characters
-    for path, place, killer in (
-        ("other.txt", "os.replace", dies_at_file),
-        ("tiny.txt", "prepare_data.TokenFile.write", dies),  # and it is still mixed
-    ):
-        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(place, killer)
-            prepare("tiny", path)
-        with pytest.raises(UserError, match="prepare the dataset again"):
-            open_dataset("tiny")
+    write("short.txt", "ten chars.")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, "replace", dies_at_file)
+        prepare("tiny", "other.txt")
+    with pytest.raises(UserError, match="prepare the dataset again"):
+        open_dataset("tiny")
+    with pytest.raises(UserError, match="too few"):
+        prepare("tiny", "short.txt")
+    with pytest.raises(UserError, match="prepare the dataset again"):  # still mixed
+        open_dataset("tiny")
     prepare("tiny", "other.txt")
     prepare("other", "other.txt")
     assert files_of("tiny") == files_of("other")

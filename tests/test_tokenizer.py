@@ -35,24 +35,12 @@ def test_every_tokenizer_is_rebuilt_from_its_meta_as_json(gpt2_vocabulary, monke
         assert (again.vocab_size, again.eos_token) == (tokenizer.vocab_size, tokenizer.eos_token)
 
 
-def test_gpt2_tokens_are_tiktokens(gpt2_vocabulary):
-    tokenizer = load_tokenizer({"tokenizer": "gpt2"})
-    assert tokenizer.encode(UNICODE) == gpt2_vocabulary.encode_ordinary(UNICODE)
-    assert (tokenizer.vocab_size, tokenizer.eos_token) == (50257, 50256)
-    assert tokenizer.decode([50256]) == "<|endoftext|>"
-
-
 def test_end_of_text_separates_texts_and_is_text_where_it_is_written_out(gpt2_vocabulary):
     tokenizer = load_tokenizer({"tokenizer": "gpt2"})
     for first in ("one", "<|endoftext|> one"):
         before, after = map(gpt2_vocabulary.encode_ordinary, (first, "two"))
         ids = tokenizer.encode_texts([(False, first), (True, "two")]).tolist()
         assert ids == [*before, 50256, *after]
-
-
-def test_an_unknown_character_is_named_and_a_way_out_is_given():
-    with pytest.raises(UserError, match=r"'☃' \(U\+2603\) is not among the 3 .*--tokenizer=byte"):
-        load_tokenizer({"tokenizer": "char", "chars": "abc"}).encode("abc☃")
 
 
 def test_unknown_damaged_and_unreachable_vocabularies_are_clear(monkeypatch):
@@ -105,8 +93,3 @@ def test_merges_are_those_of_the_algorithm_written_out():
     tokenizer = train_bpe(["aaaabaaabaaaaa"], 261)
     tokens = {rank: token for token, rank in tokenizer.ranks.items()}
     assert [tokens[256 + i] for i in range(4)] == [tokens[a] + tokens[b] for a, b in merges]
-
-
-def test_too_little_text_for_a_bpe_says_what_would_do():
-    with pytest.raises(UserError, match=r"only 259 tokens: give more text, or a smaller bpe:N"):
-        train_bpe(["ab ab"], 300)
