@@ -171,6 +171,13 @@ def flags(**changes):
     return [f"--{key}={value}" for key, value in (TINY | changes).items()]
 
 
+def assert_refused(message, function, *arguments, **options):
+    """function(*arguments, **options) ends with one line to the user, which fits message."""
+    with pytest.raises(UserError, match=message) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+
+
 def tiny_model(std=None, **changes):
     """A MiniGPT in eval mode; with std, all weights are drawn, also those that begin as 0 or 1."""
     torch.manual_seed(0)

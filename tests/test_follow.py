@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import assert_refused
 
 from extras import follow
-from support.settings import UserError
 
 
 def record(step, loss, **more):
@@ -70,12 +70,10 @@ def test_a_run_is_followed_until_ctrl_c_also_where_a_resumed_one_writes_its_step
 
 
 def test_what_is_missing_is_said_in_a_line(monkeypatch, capsys):
-    with pytest.raises(UserError, match=r"metrics\.jsonl: train first"):
-        follow.main(follow.Settings(follow=False))
+    assert_refused(r"metrics\.jsonl: train first", follow.main, follow.Settings(follow=False))
     write_metrics(record(1, 3.0))
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match=r"this needs a package .*: pip install tensorboard"):
-        follow.main(follow.Settings(follow=False))
+    assert_refused("pip install tensorboard", follow.main, follow.Settings(follow=False))
 
 
 def test_wandb_is_sent_what_a_run_logged(monkeypatch):

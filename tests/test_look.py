@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PNG, tiny_model
+from conftest import PNG, assert_refused, tiny_model
 
 import sample
 from extras import look
 from extras.look import attention_maps, draw_attention, paint, token_logits, visible
-from support.settings import UserError
 from support.tokenizer import ByteTokenizer, CharTokenizer
 
 
@@ -144,8 +143,7 @@ def test_attention_that_is_not_the_formula_is_refused(monkeypatch):
     other = lambda q, k, v, **options: attend(q.flip(-1), k, v, **options)  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other)
     model = random_model()
-    with pytest.raises(UserError, match="attention in another way"):
-        attention_maps(model, torch.randint(65, (11,)))
+    assert_refused("attention in another way", attention_maps, model, torch.randint(65, (11,)))
 
 
 def test_a_map_shows_what_each_token_looks_at_under_readable_labels(tmp_path, monkeypatch):
@@ -191,5 +189,4 @@ def test_attention_of_a_checkpoint_is_drawn_by_the_command(train, capsys):
     look.main(look.Settings(attention="To be, that"))
     assert capsys.readouterr().out.splitlines()[-1] == str(Path("out/attention.png"))
     assert Path("out/attention.png").read_bytes().startswith(PNG)
-    with pytest.raises(UserError, match="19 tokens are more than the 16"):
-        look.main(look.Settings(attention="To be, or not to be"))
+    assert_refused("40 tokens are more than the 16", look.main, look.Settings(attention=40 * "b"))

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PNG
+from conftest import PNG, assert_refused
 
 from extras import plot
 from extras.plot import COLORS, draw_runs
-from support.settings import UserError
 
 
 def write_run(out_dir, losses, val_losses=(1.5,), seconds_per_step=2.0):
@@ -133,16 +132,12 @@ def test_the_command_draws_also_characters_that_the_font_lacks(folder, capsys):
 
 
 def test_mistakes_are_one_line(folder, monkeypatch):
-    with pytest.raises(UserError, match="no metrics in nowhere"):
-        draw_runs(["nowhere"])
+    assert_refused("no metrics in nowhere", draw_runs, ["nowhere"])
     write_run("out", [3.0])
-    with pytest.raises(UserError, match=r"can't write a\.doc .*png.*svg"):
-        draw_runs(["out"], file="a.doc")
-    with pytest.raises(UserError, match="can't write out"):
-        draw_runs(["out"], file="out/metrics.jsonl/a.png")
+    assert_refused(r"can't write a\.doc .*png.*svg", draw_runs, ["out"], file="a.doc")
+    assert_refused("can't write out", draw_runs, ["out"], file="out/metrics.jsonl/a.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        draw_runs(["out"])
+    assert_refused("pip install matplotlib", draw_runs, ["out"])
 
 
 def test_a_line_without_metrics_is_shown_unless_it_is_being_written(tmp_path):
@@ -151,8 +146,7 @@ def test_a_line_without_metrics_is_shown_unless_it_is_being_written(tmp_path):
         path.write_text('{"step": 1, "seconds": 2}\n' + line)
         assert plot.read_metrics(tmp_path) == [{"step": 1, "seconds": 2}]
         path.write_text(f"{line}\n")
-        with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is not one of metr"):
-            plot.read_metrics(tmp_path)
+        assert_refused(r"metrics\.jsonl has a line that is not", plot.read_metrics, tmp_path)
 
 
 def test_the_metrics_of_a_run_can_be_drawn(train, capsys):

@@ -7,12 +7,13 @@ import signal
 import sys
 import time
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, UNICODE
+from conftest import TEXT, UNICODE, assert_refused
 
 import prepare_data
 import sample
@@ -200,13 +201,10 @@ def test_a_key_or_a_column_can_be_named(workdir):
             writer.writeheader()
             writer.writerows(rows)
         assert prepare("rows", path, field="content")["sha256"] == expected
-    with pytest.raises(UserError, match=r"rows.jsonl, line 1.*no text here; .* content, id"):
-        prepare("rows", "rows.jsonl")
-    with pytest.raises(UserError, match=r"rows.csv, row 1 \(no body here; .* id, content"):
-        prepare("rows", "rows.csv", field="body")
+    assert_refused("line 1.*no text here; .* content, id", prepare, "rows", "rows.jsonl")
+    assert_refused("row 1 .no body here; .* id, content", prepare, "rows", "rows.csv", field="body")
     write("chat.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}')
-    with pytest.raises(UserError, match=r"messages is a list: join it to one text"):
-        prepare("rows", "chat.jsonl", field="messages")
+    assert_refused("messages is a list: join it", prepare, "rows", "chat.jsonl", field="messages")
 
 
 def test_in_a_folder_what_is_no_text_is_skipped_and_named_and_a_link_counts_once(workdir, capsys):
@@ -220,8 +218,7 @@ def test_in_a_folder_what_is_no_text_is_skipped_and_named_and_a_link_counts_once
     said = capsys.readouterr().err
     assert "2 skipped, not text" in said and "b.png (a picture)" in said
     write("one", b"PK\x03\x04")
-    with pytest.raises(UserError, match="one is not text, it seems to be a zip archive"):
-        prepare("one", "one")
+    assert_refused("one is not text, it seems to be a zip archive", prepare, "one", "one")
 
 
 def test_special_tokens_in_the_text_are_text_and_noted_or_read_as_such(
@@ -263,11 +260,11 @@ def test_ids_of_ones_own_are_trained_on_evaluated_resumed_and_sampled(train, cap
             train(dataset=dataset, out_dir=dataset, **options)
         capsys.readouterr()
         options = {"out_dir": dataset, "max_new_tokens": 4, "temperature": 0.0, "device": "cpu"}
-        sample.main(sample.Settings(prompt=["0 20 40"], **options))
+        settings = sample.Settings(prompt=["0 20 40"], **options)
+        sample.main(settings)
         assert capsys.readouterr().out.split() == ["0", "20", "40", "60", "80", "100", "120"]
     for prompt in ("128", "-1", "x"):
-        with pytest.raises(UserError, match="expected token ids from 0 to 127"):
-            sample.main(sample.Settings(prompt=[prompt], **options))
+        assert_refused("ids from 0 to 127", sample.main, replace(settings, prompt=[prompt]))
 
 
 @pytest.mark.parametrize(
@@ -281,15 +278,13 @@ def test_ids_of_ones_own_are_trained_on_evaluated_resumed_and_sampled(train, cap
 )
 def test_ids_outside_the_vocabulary_are_refused(workdir, values, message):
     np.save("codes.npy", np.array(values), allow_pickle=True)
-    with pytest.raises(UserError, match=message):
-        prepare("codes", "codes.npy", "ids:128")
+    assert_refused(message, prepare, "codes", "codes.npy", "ids:128")
 
 
 def test_a_folder_without_meta_is_nanogpts_if_it_looks_so(workdir):
     ids = np.arange(1000)
     write_ids("codes", ids)
-    with pytest.raises(UserError, match=r'no meta.json, .* up to 899, .*"vocab_size": 900'):
-        open_dataset("codes")
+    assert_refused(r'no meta.json, .* up to 899, .*"vocab_size": 900', open_dataset, "codes")
     write_ids("other", ids + 49_000)
     write_ids("openwebtext", ids)
     for name in ("other", "openwebtext"):
@@ -297,11 +292,9 @@ def test_a_folder_without_meta_is_nanogpts_if_it_looks_so(workdir):
         assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (900, 100, 50257)
     assert tokens_of("openwebtext") == ids.tolist()
     write("data/openwebtext/val.bin", b"odd")
-    with pytest.raises(UserError, match=r"val.bin .* has a wrong size"):
-        open_dataset("openwebtext")
+    assert_refused(r"val.bin .* has a wrong size", open_dataset, "openwebtext")
     write("data/openwebtext/meta.pkl", b"\x80")
-    with pytest.raises(UserError, match=r"meta.pkl is a pickle, which is not opened"):
-        open_dataset("openwebtext")
+    assert_refused(r"meta.pkl is a pickle, which is not opened", open_dataset, "openwebtext")
 
 
 def test_added_documents_move_no_document_to_the_other_split(workdir):
@@ -345,11 +338,9 @@ def test_a_dataset_in_the_hubs_form_is_streamed(workdir, monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    with pytest.raises(UserError, match=r"hf:nowhere/here can't be read \(no\)$"):
-        prepare("hub", "hf:nowhere/here", "byte")
+    assert_refused(r"here can't be read \(no\)$", prepare, "hub", "hf:nowhere/here", "byte")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        prepare("hub", "hf:owner/name", "byte")
+    assert_refused("pip install datasets", prepare, "hub", "hf:owner/name", "byte")
 
 
 def test_without_a_network_training_uses_pythons_manual_and_says_so(train, monkeypatch, capsys):
@@ -357,8 +348,7 @@ def test_without_a_network_training_uses_pythons_manual_and_says_so(train, monke
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    with pytest.raises(UserError, match=r"prepare_data.py shakespeare --input FILE"):
-        prepare("shakespeare")
+    assert_refused(r"prepare_data.py shakespeare --input FILE", prepare, "shakespeare")
     train(dataset="shakespeare", max_iters=1, eval_interval=1, eval_iters=2)
     printed = capsys.readouterr().out
     assert "prepare_data.py shakespeare --input FILE" in printed
@@ -401,24 +391,21 @@ def test_an_interrupted_preparation_leaves_the_old_dataset_and_the_next_one_star
 def test_an_interruption_while_files_are_replaced_is_refused_until_the_dataset_is_whole(
     workdir, monkeypatch, file
 ):
-    replace = os.replace
+    os_replace = os.replace
 
     def dies_at_file(source, target):
         if Path(target) == Path("data/tiny", file):
             raise KeyboardInterrupt
-        replace(source, target)
+        os_replace(source, target)
 
     write("other.txt", TEXT[::-1])  # of the same length, with the same characters
     write("short.txt", "ten chars.")
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(os, "replace", dies_at_file)
         prepare("tiny", "other.txt")
-    with pytest.raises(UserError, match="prepare the dataset again"):
-        open_dataset("tiny")
-    with pytest.raises(UserError, match="too few"):
-        prepare("tiny", "short.txt")
-    with pytest.raises(UserError, match="prepare the dataset again"):  # still mixed
-        open_dataset("tiny")
+    assert_refused("prepare the dataset again", open_dataset, "tiny")
+    assert_refused("too few", prepare, "tiny", "short.txt")
+    assert_refused("prepare the dataset again", open_dataset, "tiny")  # still mixed
     prepare("tiny", "other.txt")
     prepare("other", "other.txt")
     assert files_of("tiny") == files_of("other")
@@ -455,8 +442,7 @@ def test_damaged_datasets_are_refused(workdir, damage):
         meta.write_text(damage)
     else:
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {damage: None}))
-    with pytest.raises(UserError, match="prepare the dataset again"):
-        open_dataset("tiny")
+    assert_refused("prepare the dataset again", open_dataset, "tiny")
 
 
 # --------------------------------------------------------------------------------------- messages
@@ -473,8 +459,7 @@ def test_invalid_utf8_names_file_and_offset_and_how_to_convert_it(workdir, monke
     offsets = {"bad.txt": 100, "marked.txt": 103, "bad.txt.gz": 100, "end.txt": 20_024}
     for name, offset in offsets.items():
         message = rf"^{name} is not UTF-8 text: invalid byte at offset {offset}; "
-        with pytest.raises(UserError, match=rf"{message}.*iconv -f cp1252 -t utf-8 {name}"):
-            prepare("bad", name)
+        assert_refused(rf"{message}.*iconv -f cp1252 -t utf-8 {name}", prepare, "bad", name)
     assert not Path("data/bad").exists()
 
 
@@ -486,14 +471,12 @@ def test_bad_rows_and_damaged_gzip_are_clear(workdir):
         assert len(str(raised.value)) < 300 and "\n" not in str(raised.value)
     for content in ('{"a":\n {}}', '["a"]', "[" * 99999, '[{"text": "good"}, {"text": 1}]'):
         write("bad.json", content)
-        with pytest.raises(UserError, match=r"bad.json, line 1: .* one per line or in an array"):
-            prepare("bad", "bad.json", "byte")
+        assert_refused("bad.json, line 1: .* or in an array", prepare, "bad", "bad.json", "byte")
     for name, text in (("bad.txt.gz", TEXT), ("bad.jsonl.gz", '{"text": "good"}\n' * 999)):
         whole = gzip.compress(text.encode())
         for damaged in (whole[:-20], whole[:30] + bytes(9) + whole[39:]):
             Path(name).write_bytes(damaged)
-            with pytest.raises(UserError, match=f"{name} is damaged"):
-                prepare("bad", name)
+            assert_refused(f"{name} is damaged", prepare, "bad", name)
 
 
 FEW = "and 0 validation tokens are too few: give more text or documents, or another --val_share"
@@ -519,8 +502,7 @@ def test_mistakes_are_clear(workdir, arguments, message):
     write("empty.txt", "")
     write("rows.txt", bytes(99))
     write("rows.jsonl", json_lines(corpus(9)))
-    with pytest.raises(UserError, match=message):
-        prepare(*arguments)
+    assert_refused(message, prepare, *arguments)
 
 
 def test_the_command_says_what_it_wrote_and_what_to_type(call):

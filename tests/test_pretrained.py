@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, TEXT, losses, same, tiny_model
+from conftest import ROOT, TEXT, assert_refused, losses, same, tiny_model
 
 import sample
 import train as train_module
@@ -17,9 +17,13 @@ from extras import export
 from model import MiniGPT
 from prepare_data import prepare
 from sample import generate, load_model
-from support import pretrained
-from support.pretrained import load_pretrained, load_pretrained_tokenizer, save_pretrained, to_hf
-from support.settings import UserError
+from support.pretrained import (
+    load_pretrained,
+    load_pretrained_tokenizer,
+    merges,
+    save_pretrained,
+    to_hf,
+)
 from support.tokenizer import BYTE_LEVEL, GPT2_PATTERN, BPETokenizer, ByteTokenizer, CharTokenizer
 from support.tokenizer import load_tokenizer as from_meta
 
@@ -118,8 +122,7 @@ def test_a_shorter_block_size_crops_the_positions(tmp_path):
     model = load_pretrained(str(tmp_path), block_size=9)
     assert model.wpe.weight.shape == (9, 32)
     assert_same_logits(model, reference)
-    with pytest.raises(UserError, match="positions for 16 tokens: give --block_size=16 or less"):
-        load_pretrained(tmp_path, block_size=17)
+    assert_refused("give --block_size=16 or less", load_pretrained, tmp_path, block_size=17)
 
 
 OTHERS = {
@@ -139,13 +142,11 @@ def test_another_architecture_is_refused_with_the_difference_named(tmp_path):
     config = (tmp_path / "config.json").read_text()
     for name, value in OTHERS.items():
         edit(tmp_path / "config.json", **{name: value})
-        with pytest.raises(UserError, match=f"another architecture: {name} {value!r}, not "):
-            load_pretrained(tmp_path)
+        assert_refused(f"another architecture: {name} {value!r}, not ", load_pretrained, tmp_path)
         (tmp_path / "config.json").write_text(config)
     save_reference(tmp_path, tie_word_embeddings=False)
     edit(tmp_path / "config.json", tie_word_embeddings=True)
-    with pytest.raises(UserError, match="lm_head is not its token embedding"):
-        load_pretrained(tmp_path)
+    assert_refused("lm_head is not its token embedding", load_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,7 @@ def test_a_config_of_wrong_sizes_is_refused_before_a_model_is_built(
     save_reference(tmp_path)
     edit(tmp_path / "config.json", **change)
     monkeypatch.setattr(MiniGPT, "__init__", None)
-    with pytest.raises(UserError, match=message):
-        load_pretrained(tmp_path)
+    assert_refused(message, load_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, weight, message):
             weights["transformer.ln_f.bias"] = weight
 
     change_weights(tmp_path, change)
-    with pytest.raises(UserError, match=message):
-        load_pretrained(tmp_path)
+    assert_refused(message, load_pretrained, tmp_path)
 
 
 def test_damaged_and_missing_files_are_one_line(tmp_path):
@@ -200,24 +199,20 @@ def test_damaged_and_missing_files_are_one_line(tmp_path):
         whole = path.read_bytes()
         for part in (b"", whole[: len(whole) // 2], b"[1]"):
             path.write_bytes(part)
-            with pytest.raises(UserError, match=path.name):
-                load_pretrained(tmp_path)
+            assert_refused(path.name, load_pretrained, tmp_path)
         path.unlink()
-        with pytest.raises(UserError, match=rf"{path.name}|No such file"):
-            load_pretrained(tmp_path)
+        assert_refused(rf"{path.name}|No such file", load_pretrained, tmp_path)
         path.write_bytes(whole)
     for weight_map in ({"wte.weight": "../elsewhere.safetensors"}, {"wte.weight": 1}, None):
         edit(index, weight_map=weight_map)
-        with pytest.raises(UserError, match="does not name files in its folder"):
-            load_pretrained(tmp_path)
+        assert_refused("does not name files in its folder", load_pretrained, tmp_path)
 
 
 def test_a_pickle_is_not_opened(tmp_path):
     save_reference(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(UserError, match=r"a pickle .*transformers"):
-        load_pretrained(tmp_path)
+    assert_refused(r"a pickle .*transformers", load_pretrained, tmp_path)
 
 
 def test_the_released_names_are_looked_up_on_the_hub(monkeypatch, refused):
@@ -232,8 +227,7 @@ def test_the_released_names_are_looked_up_on_the_hub(monkeypatch, refused):
     assert not list(Path("out").glob("*.pt"))
     message = "--init_from=gpt3 is not a folder, a checkpoint or one of auto, resume, scratch, gpt2"
     assert message in refused(init_from="gpt3", dataset="nowhere")  # which is named first
-    with pytest.raises(UserError, match=r"no gpt3.config.json: expected gpt2, gpt2-medium"):
-        load_pretrained("gpt3")
+    assert_refused(r"no gpt3.config.json: expected gpt2, gpt2-medium", load_pretrained, "gpt3")
     reference = save_reference()
     found = lambda repository, **options: "reference"  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
@@ -266,8 +260,7 @@ def test_an_export_that_fails_does_not_look_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("support.checkpoint.write_atomically", full)
-    with pytest.raises(UserError, match=r"can't be written .*No space left"):
-        save_pretrained(tiny_model(), tmp_path)
+    assert_refused(r"can't be written .*No space left", save_pretrained, tiny_model(), tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 
@@ -292,8 +285,7 @@ def test_the_command_writes_a_folder_that_transformers_loads(train, call):
 def test_a_changed_model_is_not_saved_as_gpt2(tmp_path):
     model = tiny_model()
     model.h[1].extra = torch.nn.Linear(2, 3)
-    with pytest.raises(UserError, match=r"not a GPT-2.*: h.1.extra.weight is \[3, 2\] here"):
-        save_pretrained(model, tmp_path)
+    assert_refused("not a GPT-2.*: h.1.extra.weight is", save_pretrained, model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -366,10 +358,8 @@ def test_tokenizers_without_such_a_form_are_not_saved_as_another():
     class Codons(ByteTokenizer):
         pass
 
-    with pytest.raises(UserError, match="a Codons has no form"):
-        to_hf(Codons())
-    with pytest.raises(UserError, match="abc is not a pair of earlier tokens"):
-        pretrained.merges({"a": 0, "b": 1, "c": 2, "abc": 3})
+    assert_refused("a Codons has no form", to_hf, Codons())
+    assert_refused("abc is not a pair of earlier tokens", merges, {"a": 0, "b": 1, "abc": 2})
 
 
 def word_piece():
@@ -421,11 +411,9 @@ def test_a_missing_or_damaged_tokenizer_is_one_line(tmp_path):
     assert load_pretrained_tokenizer(tmp_path) is None
     for content in ("", '{"model": {"type": "BPE", "vocab": {}}}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer.json can't be read"):
-            load_pretrained_tokenizer(tmp_path)
+        assert_refused(r"tokenizer.json can't be read", load_pretrained_tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text(to_hf(ByteTokenizer()).to_str())
-    with pytest.raises(UserError, match="has 256 tokens, but the model only 65"):
-        load_pretrained_tokenizer(tmp_path)
+    assert_refused("has 256 tokens, but the model only 65", load_pretrained_tokenizer, tmp_path)
 
 
 def test_a_dataset_is_prepared_with_the_tokenizer_of_a_run(train):
@@ -528,8 +516,7 @@ def test_weights_that_do_not_fit_the_data_or_the_run_are_refused(run_to_finetune
         assert "data/other has other tokens than out/pretrained" in message
         assert "--tokenizer=out/pretrained" in message
     save_reference("reference", vocab_size=23)
-    with pytest.raises(UserError, match=r"reference has no tokenizer\.json"):
-        sample.main(sample.Settings(init_from="reference"))
+    assert_refused("no tokenizer.json", sample.main, sample.Settings(init_from="reference"))
     assert not list(Path("new").glob("*.pt"))
 
 

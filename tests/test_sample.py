@@ -2,12 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import assert_refused, tiny_model
 
 import sample
 from prepare_data import prepare
 from sample import generate, next_token_probs
-from support.settings import UserError
 
 
 def model(**changes):
@@ -145,10 +144,8 @@ def test_a_seed_fixes_the_text_and_samples_differ(train, capsys):
 
 def test_mistakes_in_sampling_are_one_line(train):
     train()
-    with pytest.raises(UserError, match="the prompt is empty"):
-        sample.main(sample.Settings(prompt=[""]))
-    with pytest.raises(UserError, match=r"no checkpoint nowhere.best\.pt"):
-        sample.main(sample.Settings(out_dir="nowhere"))
+    assert_refused("the prompt is empty", sample.main, sample.Settings(prompt=[""]))
+    assert_refused(r"nowhere.best\.pt", sample.main, sample.Settings(out_dir="nowhere"))
 
 
 def test_text_is_streamed_without_broken_characters(train, monkeypatch):

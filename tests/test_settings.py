@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import pytest
+from conftest import assert_refused
 
 import sample
 from support.settings import OTHER_NAMES, UserError, one_line_errors, read_settings, setting
@@ -36,8 +37,7 @@ def test_a_truth_value_without_a_value_is_true():
 
 
 def test_a_flag_given_twice_is_refused_unless_its_values_are_collected():
-    with pytest.raises(UserError, match="--size is given twice"):
-        read("--size=5", "--size=6")
+    assert_refused("--size is given twice", read, "--size=5", "--size=6")
     assert read("--parts=a", "--size=5", "--parts=b").parts == ["a", "b"]
 
 
@@ -124,8 +124,7 @@ def test_mistakes_say_what_was_expected(argument, message):
     ],
 )
 def test_mistakes_in_a_config_file_name_it(tmp_path, code, message):
-    with pytest.raises(UserError, match=message):
-        read(config(tmp_path / "a.py", code))
+    assert_refused(message, read, config(tmp_path / "a.py", code))
 
 
 CODES = {"rate = 1 / 0": ZeroDivisionError, "rate =": SyntaxError, "open('no')": OSError}
@@ -141,8 +140,7 @@ def test_what_people_type_instead_is_understood():
     for flag, meant in OTHER_NAMES.items():
         assert any(hasattr(cls, meant) for cls in (Settings, sample.Settings)), flag
     for flag, meant in (("lr", "learning_rate"), ("batchsize", "batch_size")):
-        with pytest.raises(UserError, match=f"did you mean --{meant}"):
-            read_settings(Settings, [f"--{flag}=1"], "")
+        assert_refused(f"did you mean --{meant}", read_settings, Settings, [f"--{flag}=1"], "")
 
 
 def test_a_name_that_is_too_long_for_a_file_is_the_users_mistake(capsys):
@@ -163,5 +161,4 @@ def test_help_lists_every_setting_with_default_and_meaning(capsys):
 
 def test_a_positional_argument_can_name_a_field():
     assert read("thing", "--size=2", positional="name") == Example(2, 0.5, "thing")
-    with pytest.raises(UserError, match="unexpected argument other"):
-        read("thing", "other", positional="name")
+    assert_refused("unexpected argument other", read, "thing", "other", positional="name")

@@ -3,10 +3,9 @@ import time
 from itertools import pairwise
 
 import pytest
-from conftest import UNICODE
+from conftest import UNICODE, assert_refused
 
 from support.bpe import train_bpe
-from support.settings import UserError
 from support.tokenizer import load_tokenizer
 
 
@@ -44,17 +43,14 @@ def test_end_of_text_separates_texts_and_is_text_where_it_is_written_out(gpt2_vo
 
 
 def test_unknown_damaged_and_unreachable_vocabularies_are_clear(monkeypatch):
-    with pytest.raises(UserError, match="not sorted"):
-        load_tokenizer({"tokenizer": "char", "chars": "bca"})
-    with pytest.raises(UserError, match=r"no tokenizer gpt5: expected char, .* gpt2, .* folder"):
-        load_tokenizer({"tokenizer": "gpt5"})
+    assert_refused("not sorted", load_tokenizer, {"tokenizer": "char", "chars": "bca"})
+    assert_refused("gpt5: expected char, .* gpt2", load_tokenizer, {"tokenizer": "gpt5"})
 
     def no_network(name):
         raise ConnectionError
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
-    with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer=byte"):
-        load_tokenizer({"tokenizer": "gpt2"})
+    assert_refused(r"TIKTOKEN_CACHE_DIR.*--tokenizer=byte", load_tokenizer, {"tokenizer": "gpt2"})
 
 
 def test_a_learned_bpe_has_the_merges_of_hugging_faces_trainer(tiny_shakespeare):

@@ -4,14 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, assert_same_run, losses, metrics, stamps, tiny_model
+from conftest import TEXT, assert_refused, assert_same_run, losses, metrics, stamps, tiny_model
 
 import prepare_data
 import sample
 import train as train_module
 from model import GPTConfig, MiniGPT
 from support.runtime import share
-from support.settings import UserError
 from train import Settings, evaluate, learning_rate, load_windows, make_optimizer, training_batch
 
 
@@ -69,16 +68,14 @@ def test_batches_reach_every_token_and_ids_outside_the_vocabulary_are_found():
     tokens = np.arange(12, dtype=np.uint16)
     x, y = training_batch(tokens, GPTConfig(8, 12), 0, 0, 0, 200)
     assert set(x[:, 0].tolist()) == {0, 1, 2, 3} and y.max() == 11
-    with pytest.raises(UserError, match="token id 11, outside the vocabulary of 11"):
-        training_batch(tokens, GPTConfig(8, 11), 0, 0, 0, 200)
+    assert_refused("token id 11, outside", training_batch, tokens, GPTConfig(8, 11), 0, 0, 0, 200)
 
 
 def test_ranks_share_a_step_in_equal_micro_batches():
     shares = {(12, 40, 8): (12, 5), (4, 2, 2): (4, 1), (16, 1, 2): (8, 1), (12, 1, 1): (12, 1)}
     for job, expected in shares.items():
         assert share(*job) == expected
-    with pytest.raises(UserError, match="12 x 1 sequences can't be shared evenly by 8 ranks"):
-        share(12, 1, 8)
+    assert_refused("12 x 1 sequences can't be shared evenly by 8 ranks", share, 12, 1, 8)
 
 
 def test_validation_loss_is_the_mean_over_non_overlapping_windows():
