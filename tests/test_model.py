@@ -92,17 +92,6 @@ def test_cached_logits_equal_uncached(chunks, batch_size):
         model(idx[:, :1], cache=cache)
 
 
-def test_a_single_row_is_broadcast_to_all_rows_of_a_cache():
-    model = tiny_model()
-    idx, ends = random_ids(1), random_ids(3)
-    cache = KVCache(model.config, 3)
-    logits = model(idx[:, :9], cache=cache)[0]
-    torch.testing.assert_close(logits, model(idx[:, :9])[0][:, -1:], atol=1e-4, rtol=0)
-    logits = model(ends[:, 9:], cache=cache)[0]
-    whole = torch.cat([idx[:, :9].expand(3, -1), ends[:, 9:]], dim=1)
-    torch.testing.assert_close(logits, model(whole)[0][:, -1:], atol=1e-4, rtol=0)
-
-
 def test_the_padding_of_the_vocabulary_is_never_seen():
     model = tiny_model()
     idx = random_ids()

@@ -74,27 +74,6 @@ def test_sampling_equals_a_loop_without_a_cache():
     assert torch.equal(found, naive(gpt, idx, 30, draw))
 
 
-def test_a_prompt_is_computed_once_for_samples_that_differ():
-    gpt = model()
-    shapes = []
-    gpt.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    idx = torch.randint(65, (1, 7)).expand(4, -1)
-    text = generate(gpt, idx, 4, generator=torch.Generator().manual_seed(0))
-    assert shapes == [(1, 7), (4, 1), (4, 1), (4, 1)]
-    assert len({tuple(row) for row in text.tolist()}) == 4
-
-
-def test_drawn_tokens_have_the_stated_frequencies():
-    gpt = model(vocab_size=5)
-    idx = torch.zeros(1, 3, dtype=torch.long)
-    probs = next_token_probs(gpt(idx)[0][:, -1], temperature=2.0)[0]
-    generator = torch.Generator().manual_seed(0)
-    text = generate(gpt, idx.expand(20_000, -1), 1, temperature=2.0, generator=generator)
-    assert text.max() < 5  # never of the padding
-    frequencies = text[:, -1].bincount(minlength=5) / 20_000
-    torch.testing.assert_close(frequencies, probs, atol=0.02, rtol=0)
-
-
 def test_repetition_penalty_equals_transformers():
     transformers = pytest.importorskip("transformers")
     gpt = model()
