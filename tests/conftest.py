@@ -152,14 +152,10 @@ def run(workdir):
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         if not script.endswith(".py"):
             command += ["-m", script]
-        elif (ROOT / script).exists():
-            command += [str(ROOT / script)]
         else:
-            command += [script]
+            command += [str(ROOT / script) if (ROOT / script).exists() else script]
         command += map(str, arguments)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        if env is not None:
-            environment |= env
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         return subprocess.run(command, env=environment, timeout=240, **(streams | options))
 

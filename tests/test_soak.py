@@ -1,4 +1,4 @@
-"""What only shows after many tries, or between machines: python -m pytest -m slow tests/test_soak.py
+"""What shows after many tries, or between machines: python -m pytest -m slow tests/test_soak.py
 
 SOAK_MINUTES=30 in the environment makes the soak as long; by default it takes a minute.
 """
@@ -64,7 +64,7 @@ SOAK |= {"eval_interval": 100, "dropout": 0.1}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_signals_kills_and_full_disks_at_random_moments_change_no_bit(start, run, ranks):  # noqa: F811
+def test_signals_kills_and_full_disks_at_any_moment_change_no_bit(start, run, ranks):  # noqa: F811
     assert run("train.py", *flags(**SOAK, out_dir="whole"), ranks=ranks).returncode == 0
     rng = random.Random(os.environ.get("SOAK_SEED", "1337") + str(ranks))
     done = []
