@@ -85,6 +85,9 @@ def test_wandb_is_sent_what_a_run_logged(monkeypatch):
     follow.main(follow.Settings(to="wandb", follow=False))
     wandb.finish()
     (path,) = Path("wandb").glob("offline-run-*/*.wandb")
-    sent = path.read_bytes()
+    sent = b""
+    begun = time.monotonic()
+    while b"2.375" not in sent and time.monotonic() < begun + 20:  # another process writes it
+        sent = path.read_bytes()
     for value in (b"val_loss", b"3.125", b"2.375"):
         assert value in sent
