@@ -1,4 +1,5 @@
 import gc
+import json
 import os
 import runpy
 import signal
@@ -9,6 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from model import GPTConfig, MiniGPT
+from support.settings import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # real data for offline work; tests skip where it is missing
@@ -40,6 +44,10 @@ TINY = {  # settings of a model and a run that take a second
     "dtype": "float32",
     "compile": False,
 }
+UNICODE = (
+    "naïve façade, 'tis \r\n\t “quoted” ☃ 漢字 🤖👩‍👩‍👧 \u200b e\u0301 \x00 <|endoftext|>  end \n\n"
+)
+PNG = b"\x89PNG\r\n\x1a\n"
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
@@ -76,6 +84,8 @@ def workdir(tmp_path, monkeypatch):
 def restored():
     """Signal handlers and attention kernels are as before when the test has ended."""
     handlers = [(number, signal.getsignal(number)) for number in SIGNALS]
+    gc.collect()
+    gc.freeze()  # to look through all packages before each run would take a third of the time
     yield
     for number, handler in handlers:
         signal.signal(number, handler)
@@ -94,6 +104,19 @@ def train(workdir, restored):
         train.main(train.Settings(**(TINY | changes)))
 
     return run
+
+
+@pytest.fixture
+def refused(train, capsys):
+    """refused(key=value, ...) runs train.py, which has to refuse, and returns its one line."""
+
+    def refused(**changes):
+        with pytest.raises(UserError) as error:
+            train(**changes)
+        assert not capsys.readouterr().err and "\n" not in str(error.value)
+        return str(error.value)
+
+    return refused
 
 
 @pytest.fixture
@@ -129,14 +152,10 @@ def run(workdir):
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         if not script.endswith(".py"):
             command += ["-m", script]
-        elif (ROOT / script).exists():
-            command += [str(ROOT / script)]
         else:
-            command += [script]
+            command += [str(ROOT / script) if (ROOT / script).exists() else script]
         command += map(str, arguments)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        if env is not None:
-            environment |= env
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
         return subprocess.run(command, env=environment, timeout=240, **(streams | options))
 
@@ -146,3 +165,57 @@ def run(workdir):
 def flags(**changes):
     """TINY, with changes, as command-line arguments."""
     return [f"--{key}={value}" for key, value in (TINY | changes).items()]
+
+
+def assert_refused(message, function, *arguments, **options):
+    """function(*arguments, **options) ends with one line to the user, which fits message."""
+    with pytest.raises(UserError, match=message) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+
+
+def tiny_model(std=None, **changes):
+    """A MiniGPT in eval mode; with std, all weights are drawn, also those that begin as 0 or 1."""
+    torch.manual_seed(0)
+    sizes = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    model = MiniGPT(GPTConfig(**(sizes | changes))).eval()
+    if std is not None:
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def metrics(out_dir="out"):
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir="out"):
+    return [record["loss"] for record in metrics(out_dir) if "loss" in record]
+
+
+def stamps(folder):
+    """When each file in a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def same(a, b):
+    """Whether two nested structures of tensors are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(one, other):
+    """Two runs have the same weights, moments, best weights and metrics, to the bit."""
+    for name in ("last.pt", "best.pt"):
+        a = torch.load(f"{one}/{name}")
+        b = torch.load(f"{other}/{name}")
+        for key in ("model", "scaler", "step"):
+            assert same(a[key], b[key]), f"{name}: {key}"
+        # the groups have the learning rate of the process's last step, which may have made none
+        assert same(a["optimizer"]["state"], b["optimizer"]["state"]), name
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        for key in ("step", "loss", "lr", "grad_norm", "val_loss"):
+            assert a.get(key) == b.get(key)

@@ -4,14 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_sample import model
+from conftest import tiny_model
 
-from model import GPTConfig, KVCache, MiniGPT
+from model import KVCache
 from sample import generate, stream
 from support.fast import CompiledDecoder, pack
 from support.kernels import choose_kernels
 
 CPU = torch.device("cpu")
+
+
+def model(**changes):
+    return tiny_model(std=0.3, **changes)
 
 
 def cached_logits(decoder, idx, cache, chunks):
@@ -21,9 +25,8 @@ def cached_logits(decoder, idx, cache, chunks):
     return torch.stack(logits, dim=1)
 
 
+@pytest.mark.parametrize("rows, bias", [(1, True), (3, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_model_has_the_logits_of_the_plain_one(dtype, rows, bias):
     plain = model(n_embd=36, bias=bias).to(dtype)
     idx = torch.randint(65, (rows, 16))
@@ -36,17 +39,13 @@ def test_a_packed_model_has_the_logits_of_the_plain_one(dtype, rows, bias):
 
 def test_a_packed_model_is_a_copy():
     plain = model()
-    before = copy.deepcopy(plain)
     idx = torch.randint(65, (1, 5))
     packed = pack(plain)
     expected = generate(packed, idx, 30, temperature=0)
-    plain.train()
-    optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
-    plain(idx, idx)[1].backward()
-    optimizer.step()
+    for p in plain.parameters():
+        p.data.mul_(-1)
     assert torch.equal(generate(packed, idx, 30, temperature=0), expected)
-    assert not torch.equal(generate(plain.eval(), idx, 30, temperature=0), expected)
-    assert torch.equal(generate(before, idx, 30, temperature=0), expected)
+    assert not torch.equal(generate(plain, idx, 30, temperature=0), expected)
 
 
 def test_a_packed_model_keeps_the_hooks_of_the_model():
@@ -79,9 +78,8 @@ def test_a_compiled_decoder_generates_the_same_text_after_text(options, prompt_l
         idx = torch.randint(65, (1, prompt_length)).expand(2, -1)
         expected = generate(plain, idx, 30, temperature=0)  # past block_size
         assert torch.equal(generate(decoder, idx, 30, temperature=0), expected)
-        assert torch.equal(
-            generate(decoder, idx, 3, temperature=0), expected[:, : prompt_length + 3]
-        )
+        again = generate(decoder, idx, 3, temperature=0)
+        assert torch.equal(again, expected[:, : prompt_length + 3])
 
 
 def test_a_compiled_decoder_compiles_once_and_has_the_models_logits():
@@ -111,21 +109,18 @@ def test_a_compiled_decoder_refuses_two_texts_at_once():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_training_kernels_give_the_gradients_of_float64(restored, dtype):
-    torch.manual_seed(0)
-    plain = MiniGPT(GPTConfig(32, 65, 2, 2, 32))
-    for p in plain.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    plain = tiny_model(std=0.1, block_size=32)
     idx, targets = torch.randint(65, (2, 4, 32))
 
     def gradients(model, autocast):
         with torch.autocast("cpu", dtype, enabled=autocast):
             loss = model(idx, targets)[1]
         loss.backward()
-        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     expected_loss, expected = gradients(copy.deepcopy(plain).double(), False)
     choose_kernels(CPU, str(dtype).removeprefix("torch."), n_scores=4 * 2 * 32 * 32)
     loss, found = gradients(plain, dtype != torch.float32)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
     assert (found - expected).norm() < tolerance * expected.norm()

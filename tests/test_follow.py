@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import assert_refused
 
 from extras import follow
-from support.settings import UserError
 
 
 def record(step, loss, **more):
@@ -35,42 +35,22 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_tensorboard_reads_what_a_run_logged():
-    write_metrics(
-        record(1, 3.0), record(2, None, lr=0.5), record(2, 2.5, val_loss=2.25), end='{"step": 3'
-    )
+    records = record(1, 3.0), record(2, None, lr=0.5), record(2, 2.5, val_loss=2.25)
+    write_metrics(*records, end='{"step": 3')
     follow.main(follow.Settings(follow=False))
-    assert read_back("loss", "lr", "val_loss") == {
-        "loss": [(1, 3.0), (2, 2.5)],
-        "lr": [(2, 0.5)],
-        "val_loss": [(2, 2.25)],
-    }
-
-
-def test_each_step_stands_once_when_it_is_written_again_or_the_run_was_resumed():
-    write_metrics(*(record(i, float(i)) for i in range(1, 10)))
-    follow.main(follow.Settings(follow=False))
-    follow.main(follow.Settings(follow=False))
-    assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 10)]
-    write_metrics(*(record(i, float(i)) for i in range(1, 7)), record(7, 0.5))
-    follow.main(follow.Settings(follow=False))
-    assert read_back("loss")["loss"] == [(i, float(i)) for i in range(1, 7)] + [(7, 0.5)]
+    found = read_back("loss", "lr", "val_loss")
+    assert found["loss"] == [(1, 3.0), (2, 2.5)]
+    assert found["lr"] == [(2, 0.5)] and found["val_loss"] == [(2, 2.25)]
 
 
 def test_a_run_is_followed_until_ctrl_c_also_where_a_resumed_one_writes_its_steps_again(
     monkeypatch, capsys
 ):
-    stages = [
-        [record(1, 1.0), record(2, 2.0)],
-        [record(1, 1.0), record(2, 2.0), record(3, 3.0), record(4, 4.0)],
-        [record(1, 1.0), record(2, 2.0)],  # the checkpoint of step 2 is resumed
-        [record(1, 1.0), record(2, 2.0), record(3, 3.5)],
-        [
-            record(1, 1.0),
-            record(2, 2.25),
-            record(3, 3.5),
-            record(4, 4.5),
-        ],  # cut and resumed between two looks
-    ]
+    one, two, three = (record(step, float(step)) for step in (1, 2, 3))
+    stages = [[one, two], [one, two, three, record(4, 4.0)]]
+    stages += [[one, two]]  # the checkpoint of step 2 is resumed
+    stages += [[one, two, record(3, 3.5)]]
+    stages += [[one, record(2, 2.25), record(3, 3.5), record(4, 4.5)]]  # cut and resumed at once
     seen = []
 
     def wait(seconds):
@@ -84,15 +64,16 @@ def test_a_run_is_followed_until_ctrl_c_also_where_a_resumed_one_writes_its_step
     with pytest.raises(KeyboardInterrupt):
         follow.main(follow.Settings())
     assert seen == [[(record["step"], record["loss"]) for record in stage] for stage in stages]
+    for _ in range(2):  # also when it is written again
+        follow.main(follow.Settings(follow=False))
+        assert read_back("loss")["loss"] == seen[-1]
 
 
 def test_what_is_missing_is_said_in_a_line(monkeypatch, capsys):
-    with pytest.raises(UserError, match=r"metrics\.jsonl: train first"):
-        follow.main(follow.Settings(follow=False))
+    assert_refused(r"metrics\.jsonl: train first", follow.main, follow.Settings(follow=False))
     write_metrics(record(1, 3.0))
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(UserError, match=r"this needs a package .*: pip install tensorboard"):
-        follow.main(follow.Settings(follow=False))
+    assert_refused("pip install tensorboard", follow.main, follow.Settings(follow=False))
 
 
 def test_wandb_is_sent_what_a_run_logged(monkeypatch):
@@ -104,6 +85,26 @@ def test_wandb_is_sent_what_a_run_logged(monkeypatch):
     follow.main(follow.Settings(to="wandb", follow=False))
     wandb.finish()
     (path,) = Path("wandb").glob("offline-run-*/*.wandb")
-    sent = path.read_bytes()
+    sent = b""
+    begun = time.monotonic()
+    while b"2.375" not in sent and time.monotonic() < begun + 20:  # another process writes it
+        sent = path.read_bytes()
     for value in (b"val_loss", b"3.125", b"2.375"):
         assert value in sent
+
+
+def test_a_run_that_has_not_logged_yet_is_waited_for(monkeypatch):
+    Path("out").mkdir()
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) > 1:
+            raise KeyboardInterrupt
+        write_metrics(record(1, 3.0))
+
+    monkeypatch.setattr(time, "sleep", wait)
+    with pytest.raises(KeyboardInterrupt):
+        follow.main(follow.Settings())
+    assert read_back("loss")["loss"] == [(1, 3.0)]
+    assert_refused("no metrics", follow.main, follow.Settings(out_dir="nowhere"))

@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
-from test_train import losses, metrics
+from conftest import ROOT, losses, metrics, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extras.check import Watch
@@ -27,9 +26,8 @@ def normal(*shape, seed=0):
 
 
 def test_every_idea_is_where_docs_say():
-    rows = re.findall(
-        r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", (ROOT / "docs/ideas.md").read_text("utf-8")
-    )[2:]
+    table = (ROOT / "docs/ideas.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", table)[2:]
     assert len(rows) > 30
     for idea, where, tests in rows:
         for column, form in ((where, r"\b{}\b"), (tests, r"(?m)^def {}\(")):
@@ -83,24 +81,19 @@ def test_pre_norm_hands_the_gradient_down_the_stream_where_post_norm_shrinks_it(
 
 
 def test_scaled_residual_projections_keep_the_stream_from_growing_with_depth():
-    growth = {}
+    growth, stream = {}, []
     for scaled in (True, False):
         for n_layer in (2, 32):
-            torch.manual_seed(0)
-            model = MiniGPT(GPTConfig(16, 65, n_layer, 2, 64)).eval()
+            model = tiny_model(n_layer=n_layer, n_embd=64)
             if not scaled:
                 for name, p in model.named_parameters():
                     if name.endswith("c_proj.weight"):
                         p.data *= math.sqrt(2 * n_layer)
-            stream = {}
-            model.drop.register_forward_hook(
-                lambda module, args, x, stream=stream: stream.update(first=x)
-            )
-            model.ln_f.register_forward_pre_hook(
-                lambda module, args, stream=stream: stream.update(last=args[0])
-            )
+            stream.clear()
+            model.h[0].register_forward_pre_hook(lambda block, args: stream.append(args[0]))
+            model.ln_f.register_forward_pre_hook(lambda norm, args: stream.append(args[0]))
             model(torch.arange(16)[None])
-            growth[scaled, n_layer] = (stream["last"] - stream["first"]).var().item()
+            growth[scaled, n_layer] = (stream[1] - stream[0]).var().item()
     assert growth[True, 32] == pytest.approx(growth[True, 2], rel=0.5)
     assert growth[False, 32] > 8 * growth[False, 2]
 
@@ -108,50 +101,43 @@ def test_scaled_residual_projections_keep_the_stream_from_growing_with_depth():
 def test_gelu_is_x_times_the_share_of_a_normal_below_it():
     mlp = MLP(GPTConfig(n_head=1, n_embd=1))
     with torch.no_grad():  # so that the layer gives the mean of four equal GELUs
-        (
-            mlp.c_fc.weight.fill_(1.0),
-            mlp.c_fc.bias.zero_(),
-            mlp.c_proj.weight.fill_(0.25),
-            mlp.c_proj.bias.zero_(),
-        )
+        for p, value in zip(mlp.parameters(), (1.0, 0.0, 0.25, 0.0), strict=True):
+            p.fill_(value)
     x = torch.linspace(-4, 4, 81)[:, None]
-    torch.testing.assert_close(
-        mlp(x), x * torch.distributions.Normal(0, 1).cdf(x), atol=1e-3, rtol=0
-    )
+    expected = x * torch.distributions.Normal(0, 1).cdf(x)
+    torch.testing.assert_close(mlp(x), expected, atol=1e-3, rtol=0)
 
 
 def test_layer_norm_gives_each_token_mean_zero_and_variance_one():
     x = 5 + 3 * normal(2, 7, 32)
     ln = Block(GPTConfig(n_head=2, n_embd=32)).ln_1
     y = ln(x)
-    torch.testing.assert_close(
-        y, (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-    )
+    variance = x.var(-1, keepdim=True, correction=0)
+    expected = (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
+    torch.testing.assert_close(y, expected)
     torch.testing.assert_close(ln(100 * x), y, atol=1e-4, rtol=0)
 
 
 def test_teacher_forcing_learns_every_position_in_one_pass():
     """The loss of a sequence is the mean of the losses of each next token after the true ones."""
-    torch.manual_seed(0)
-    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32)).eval()
+    model = tiny_model()
     text = torch.randint(65, (1, 17))
-    one_by_one = [
-        F.cross_entropy(model(text[:, :end])[0][:, -1], text[:, end]) for end in range(1, 17)
-    ]
+    one_by_one = []
+    for end in range(1, 17):
+        logits = model(text[:, :end])[0][:, -1]
+        one_by_one.append(F.cross_entropy(logits, text[:, end]))
     torch.testing.assert_close(model(text[:, :-1], text[:, 1:])[1], torch.stack(one_by_one).mean())
 
 
 def test_adamw_decays_all_weights_alike_and_adam_those_with_large_gradients_less():
     left = {}
     for kind in ("adamw", "adam"):
-        model = MiniGPT(GPTConfig(16, 65, 1, 2, 32))
-        optimizer = make_optimizer(
-            model, Settings(learning_rate=1e-3, weight_decay=0.5, beta2=0.99)
-        )
+        model = tiny_model(n_layer=1)
+        s = Settings(learning_rate=1e-3, weight_decay=0.5, beta2=0.99)
+        optimizer = make_optimizer(model, s)
         if kind == "adam":  # the decay as a part of the gradient (L2 regularisation)
-            optimizer = torch.optim.Adam(
-                model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.5
-            )
+            options = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.5}
+            optimizer = torch.optim.Adam(model.parameters(), **options)
         for size, p in ((0.1, model.wte.weight), (100.0, model.h[0].mlp.c_fc.weight)):
             p.data.fill_(1.0)
             for step in range(200):
@@ -159,11 +145,8 @@ def test_adamw_decays_all_weights_alike_and_adam_those_with_large_gradients_less
                 optimizer.step()
             left[kind, size] = p.mean().item()
             p.grad = None
-    assert (
-        left["adamw", 0.1]
-        == pytest.approx(left["adamw", 100.0], rel=1e-3)
-        == pytest.approx(0.9995**200, rel=0.01)
-    )
+    assert left["adamw", 0.1] == pytest.approx(left["adamw", 100.0], rel=1e-3)
+    assert left["adamw", 0.1] == pytest.approx(0.9995**200, rel=0.01)
     assert left["adam", 0.1] < 0.9 and left["adam", 100.0] > 0.99
 
 
@@ -178,10 +161,8 @@ def test_float16_loses_small_gradients_which_a_scaler_or_bfloat16_keeps():
 
     assert gradient(torch.float16, 1.0) == 0.0  # below 6e-8 it has nothing
     assert gradient(torch.float16, 2.0**16) == pytest.approx(1e-8, rel=0.01)
-    assert gradient(torch.bfloat16, 1.0) == pytest.approx(
-        1e-8, rel=0.01
-    )  # the range of float32, but
-    assert 1 + torch.tensor(2.0**-9, dtype=torch.bfloat16) == 1  # two or three digits
+    assert gradient(torch.bfloat16, 1.0) == pytest.approx(1e-8, rel=0.01)  # float32's range,
+    assert 1 + torch.tensor(2.0**-9, dtype=torch.bfloat16) == 1  # but two or three digits
 
 
 def test_clipping_shortens_the_gradient_and_keeps_its_direction(train, monkeypatch):
@@ -232,8 +213,7 @@ def test_the_model_can_be_sharded_over_ranks():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    model = MiniGPT(GPTConfig(16, 65, 2, 2, 32))
+    model = tiny_model()
     idx = torch.randint(65, (2, 16))
     expected = model(idx, idx)[1].item()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

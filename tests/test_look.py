@@ -1,44 +1,20 @@
 import math
 import re
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PNG, assert_refused, tiny_model
 
 import sample
 from extras import look
-from extras.look import (
-    attention_maps,
-    describe_choice,
-    draw_attention,
-    paint,
-    token_logits,
-    visible,
-)
-from model import GPTConfig, MiniGPT
-from support.bpe import train_bpe
-from support.pretrained import save_pretrained
-from support.settings import UserError
+from extras.look import attention_maps, draw_attention, paint, token_logits, visible
 from support.tokenizer import ByteTokenizer, CharTokenizer
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def random_model(**changes):
-    torch.manual_seed(0)
-    sizes = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 4, "n_embd": 32}
-    model = MiniGPT(GPTConfig(**(sizes | changes))).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
-def random_text(model, length):
-    return torch.randint(
-        model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)
-    )
+    return tiny_model(std=0.3, n_head=4, **changes)
 
 
 @pytest.fixture
@@ -58,30 +34,29 @@ def uncolored(text):
     return re.sub(r"\x1b\[[^m]*m", "", text)
 
 
-@pytest.mark.parametrize("is_terminal, no_color", [(True, ""), (True, "1"), (False, "")])
 def test_the_text_is_that_of_sample_and_coloured_in_terminals_only(
-    train, capsys, monkeypatch, terminal, is_terminal, no_color
+    train, capsys, monkeypatch, terminal
 ):
     train()
-    terminal(is_terminal)
-    monkeypatch.setenv("NO_COLOR", no_color)
     capsys.readouterr()
     options = {"prompt": ["To be"], "max_new_tokens": 30, "device": "cpu", "top_k": 5}
     options |= {"repetition_penalty": 1.2, "num_samples": 2}
     sample.main(sample.Settings(**options))
     plain = capsys.readouterr().out
-    look.main(look.Settings(**options))
-    shown = capsys.readouterr().out
-    assert uncolored(shown) == plain
-    is_colored = is_terminal and not no_color
-    assert ("\x1b" in shown) == is_colored
+    for is_terminal, no_color in ((True, ""), (True, "1"), (False, "")):
+        terminal(is_terminal)
+        monkeypatch.setenv("NO_COLOR", no_color)
+        look.main(look.Settings(**options))
+        shown = capsys.readouterr().out
+        assert uncolored(shown) == plain
+        assert ("\x1b" in shown) == (is_terminal and not no_color)
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 50])
+@pytest.mark.parametrize("length", [1, 16, 50])
 def test_what_is_predicted_after_each_token_is_a_plain_forward_pass(length):
     """Of a long text: over a window that ends there, of at least half of block_size."""
     model = random_model()
-    idx = random_text(model, length)
+    idx = torch.randint(65, (length,))
     rows = list(token_logits(model, idx))
     assert len(rows) == length
     for i, row in enumerate(rows):
@@ -134,41 +109,32 @@ def test_the_end_of_text_ends_it(capsys, terminal):
     assert show(model, tokenizer, capsys, stop_at_eos=False, **options).out == free + "\n"
 
 
-def test_the_colour_tells_the_probability():
-    green = "\033[30;48;5;114m"
-    assert paint("a\nb", 0.95) == f"{green}a\033[0m\n{green}b\033[0m"
-    assert len({paint("a", p) for p in (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)}) == 5
-    probs = torch.tensor([0.1, 0.6, 0.3])
-    line = describe_choice(probs, 2, 5, CharTokenizer("abc"))
-    assert re.sub(" +", " ", line).strip() == "'c' 30.0% | 'b' 60.0% | 'a' 10.0%"
-
-
-def test_what_can_not_be_seen_is_escaped():
+def test_what_can_not_be_seen_is_escaped_and_a_new_line_has_no_colour():
     tokens = [b" a", b"\n\t", "中".encode(), b"\xe4\xb8", "\u200b".encode()]
     assert [visible(token) for token in tokens] == [" a", "\\n\\t", "中", "\\xe4\\xb8", "\\u200b"]
+    a, b = paint("a", 0.95), paint("b", 0.95)
+    assert paint("a\nb", 0.95) == f"{a}\n{b}" and a != paint("a", 0.5) != paint("a", 0.1)
 
 
 def test_the_maps_are_the_formula_and_times_v_what_attention_gives():
     """Oracles: softmax(Q K^T / sqrt(D) + M), written out, and the model's own attention."""
     model = random_model()
-    idx = random_text(model, 11)
+    idx = torch.randint(65, (11,))
     maps = attention_maps(model, idx)
     assert maps.shape == (2, 4, 11, 11)
     assert not maps.triu(1).any()
-    for block, heads in zip(model.h, maps, strict=True):
-        calls = []
-        block.attn.register_forward_hook(
-            lambda module, args, y, calls=calls: calls.append((args[0], y))
-        )
-        with torch.inference_mode():
-            model(idx[None])
-            x, expected = calls[0]
+    calls = []
+    for block in model.h:
+        block.attn.register_forward_hook(lambda module, args, y: calls.append((args[0], y[0])))
+    with torch.inference_mode():
+        model(idx[None])
+        for block, heads, (x, expected) in zip(model.h, maps, calls, strict=True):
             q, k, v = block.attn.c_attn(x)[0].view(11, 3, 4, 8).permute(1, 2, 0, 3)  # (H, T, D)
             mask = torch.full((11, 11), -torch.inf).triu(1)
             scores = q @ k.transpose(1, 2) / math.sqrt(8) + mask
             y = block.attn.c_proj((heads @ v).transpose(0, 1).reshape(11, 32))
-        torch.testing.assert_close(heads, scores.softmax(-1))
-        torch.testing.assert_close(y, expected[0])
+            torch.testing.assert_close(heads, scores.softmax(-1))
+            torch.testing.assert_close(y, expected)
 
 
 def test_attention_that_is_not_the_formula_is_refused(monkeypatch):
@@ -177,8 +143,7 @@ def test_attention_that_is_not_the_formula_is_refused(monkeypatch):
     other = lambda q, k, v, **options: attend(q.flip(-1), k, v, **options)  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other)
     model = random_model()
-    with pytest.raises(UserError, match="attention in another way"):
-        attention_maps(model, random_text(model, 11))
+    assert_refused("attention in another way", attention_maps, model, torch.randint(65, (11,)))
 
 
 def test_a_map_shows_what_each_token_looks_at_under_readable_labels(tmp_path, monkeypatch):
@@ -224,28 +189,4 @@ def test_attention_of_a_checkpoint_is_drawn_by_the_command(train, capsys):
     look.main(look.Settings(attention="To be, that"))
     assert capsys.readouterr().out.splitlines()[-1] == str(Path("out/attention.png"))
     assert Path("out/attention.png").read_bytes().startswith(PNG)
-    with pytest.raises(UserError, match="19 tokens are more than the 16"):
-        look.main(look.Settings(attention="To be, or not to be"))
-
-
-def test_weights_of_a_folder_can_be_looked_into(tmp_path, capsys, terminal):
-    pytest.importorskip("safetensors")
-    terminal(False)
-    tokenizer = train_bpe(["to be or not to be, that is the question"] * 3, 270)
-    save_pretrained(random_model(vocab_size=270), tmp_path, tokenizer)
-    options = {"prompt": ["to be"], "max_new_tokens": 3, "alternatives": 1, "device": "cpu"}
-    look.main(look.Settings(init_from=str(tmp_path), **options))
-    assert len(re.findall(r"%$", capsys.readouterr().out, re.MULTILINE)) == 3
-
-
-def test_a_mistake_in_the_model_shows_its_traceback(train, monkeypatch):
-    train()
-
-    def broken(*arguments, **options):
-        raise RuntimeError("a mistake")
-
-    monkeypatch.setattr(MiniGPT, "forward", broken)
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **how: None, raising=False)
-    for settings in (look.Settings(prompt=["To"]), look.Settings(attention="To")):
-        with pytest.raises(RuntimeError, match="a mistake"):
-            look.main(settings)
+    assert_refused("40 tokens are more than the 16", look.main, look.Settings(attention=40 * "b"))

@@ -1,19 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import assert_refused, tiny_model
 
 import sample
-from model import GPTConfig, MiniGPT
+from prepare_data import prepare
 from sample import generate, next_token_probs
-from support.settings import UserError, read_settings
 
 
 def model(**changes):
-    torch.manual_seed(0)
-    sizes = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 32} | changes
-    model = MiniGPT(GPTConfig(**sizes)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)  # so that the likeliest token differs from step to step
-    return model
+    return tiny_model(std=0.3, **changes)  # so that the likeliest token differs from step to step
 
 
 def naive(model, idx, max_new_tokens, choose):
@@ -26,9 +23,9 @@ def naive(model, idx, max_new_tokens, choose):
     return idx
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
 @pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
-@pytest.mark.parametrize("top_p", [None, 0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("top_p", [None, 0.05, 0.9, 1.0])
 def test_probabilities_equal_transformers_warpers(temperature, top_k, top_p):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -50,15 +47,13 @@ def test_temperature_zero_gives_all_probability_to_the_likeliest():
     assert next_token_probs(logits, temperature=1e-30).tolist() == [[0, 1, 0]]
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
-)
-def test_impossible_options_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        next_token_probs(torch.zeros(1, 5), **options)
+@pytest.mark.parametrize("name, value", [("temperature", -1), ("top_k", 0), ("top_p", 1.1)])
+def test_impossible_options_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        next_token_probs(torch.zeros(1, 5), **{name: value})
 
 
-@pytest.mark.parametrize("prompt_length", [1, 5, 16, 40])
+@pytest.mark.parametrize("prompt_length", [1, 16, 40])
 def test_greedy_text_equals_a_loop_without_a_cache_also_past_block_size(prompt_length):
     gpt = model()
     idx = torch.randint(65, (3, prompt_length))
@@ -139,21 +134,14 @@ def test_a_seed_fixes_the_text_and_samples_differ(train, capsys):
 
 def test_mistakes_in_sampling_are_one_line(train):
     train()
-    with pytest.raises(UserError, match="the prompt is empty"):
-        sample.main(sample.Settings(prompt=[""]))
-    with pytest.raises(UserError, match=r"no checkpoint nowhere.best\.pt"):
-        sample.main(sample.Settings(out_dir="nowhere"))
-    with pytest.raises(UserError, match="top_p=0: expected a number from"):
-        read_settings(sample.Settings, ["--top_p=0"], "")
+    assert_refused("the prompt is empty", sample.main, sample.Settings(prompt=[""]))
+    assert_refused(r"nowhere.best\.pt", sample.main, sample.Settings(out_dir="nowhere"))
 
 
 def test_text_is_streamed_without_broken_characters(train, monkeypatch):
     """With a byte tokenizer a snowman is three tokens: none of them may be printed alone."""
-    import prepare_data
-
-    with open("snow.txt", "w", encoding="utf-8") as file:
-        file.write("☃" * 500)
-    prepare_data.prepare("snow", "snow.txt", "byte")
+    Path("snow.txt").write_text("☃" * 500, encoding="utf-8")
+    prepare("snow", "snow.txt", "byte")
     train(dataset="snow", max_iters=150, eval_interval=150, log_interval=50)
     written = []
 
@@ -169,13 +157,14 @@ def test_text_is_streamed_without_broken_characters(train, monkeypatch):
 def test_a_model_generates_from_its_weights_and_hooks_as_they_are_now():
     gpt = model()
     idx = torch.randint(65, (1, 5))
-    texts = [generate(gpt, idx, 30, temperature=0)]
-    hook = gpt.h[1].mlp.register_forward_hook(lambda module, args, y: -y)
-    texts.append(generate(gpt, idx, 30, temperature=0))
-    assert torch.equal(texts[1], naive(gpt, idx, 30, lambda x: x.argmax(-1, keepdim=True)))
-    hook.remove()
-    assert torch.equal(generate(gpt, idx, 30, temperature=0), texts[0])
-    gpt.wte.weight.data.mul_(-1)
-    texts.append(generate(gpt, idx, 30, temperature=0))
-    assert torch.equal(texts[2], naive(gpt, idx, 30, lambda x: x.argmax(-1, keepdim=True)))
+    texts = []
+    for change in (
+        lambda: None,
+        lambda: gpt.h[1].mlp.register_forward_hook(lambda module, args, y: -y),
+        lambda: gpt.wte.weight.data.mul_(-1),
+    ):
+        change()
+        texts.append(generate(gpt, idx, 30, temperature=0))
+        expected = naive(gpt, idx, 30, lambda logits: logits.argmax(-1, keepdim=True))
+        assert torch.equal(texts[-1], expected)
     assert len({tuple(text[0].tolist()) for text in texts}) == 3

@@ -1,13 +1,12 @@
 """The scripts as a person runs them: commands in a folder."""
 
-import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TEXT, flags
+from conftest import ROOT, TEXT, flags, metrics
 
 EXTRAS = sorted(f"extras.{path.stem}" for path in (ROOT / "extras").glob("[!_]*.py"))
 
@@ -87,11 +86,7 @@ def test_a_compiled_run_equals_an_eager_one(run):
     for compile in (True, False):
         done = run("train.py", *flags(out_dir=f"out{compile}", compile=compile))
         assert done.returncode == 0 and "not compiling" not in done.stdout, done.stderr
-    compiled_lines = Path("outTrue/metrics.jsonl").read_text().splitlines()
-    eager_lines = Path("outFalse/metrics.jsonl").read_text().splitlines()
-    for compiled, eager in zip(compiled_lines, eager_lines, strict=True):
-        compiled = json.loads(compiled)
-        eager = json.loads(eager)
+    for compiled, eager in zip(metrics("outTrue"), metrics("outFalse"), strict=True):
         key = "loss" if "loss" in eager else "val_loss"
         assert compiled[key] == pytest.approx(eager[key], rel=1e-4)
 

@@ -1,8 +1,10 @@
 from dataclasses import dataclass
 
 import pytest
+from conftest import assert_refused
 
-from support.settings import UserError, one_line_errors, read_settings, setting
+import sample
+from support.settings import OTHER_NAMES, UserError, one_line_errors, read_settings, setting
 from train import Settings
 
 
@@ -22,9 +24,8 @@ def read(*argv, **options):
 
 
 def test_flags_set_values():
-    settings = read(
-        "--size=5", "--rate=1", "--name=1e3", "--fast=false", "--limit=3", "--kind", "b"
-    )
+    argv = ["--size=5", "--rate=1", "--name=1e3", "--fast=false", "--limit=3", "--kind", "b"]
+    settings = read(*argv)
     assert settings == Example(5, 1.0, "1e3", False, 3, "b")
     assert type(settings.rate) is float
     assert read("--limit=None").limit is None
@@ -36,8 +37,7 @@ def test_a_truth_value_without_a_value_is_true():
 
 
 def test_a_flag_given_twice_is_refused_unless_its_values_are_collected():
-    with pytest.raises(UserError, match="--size is given twice"):
-        read("--size=5", "--size=6")
+    assert_refused("--size is given twice", read, "--size=5", "--size=6")
     assert read("--parts=a", "--size=5", "--parts=b").parts == ["a", "b"]
 
 
@@ -50,16 +50,18 @@ def test_without_a_config_file_the_settings_of_a_previous_run_take_the_place_of_
 
     assert read("--name=run", "--size=7", previous=previous) == Example(7, 0.25, "run")
     assert read("--size=7", previous=lambda flags: None) == Example(7)
-    config = tmp_path / "a.py"
-    config.write_text("size = 3", encoding="utf-8")
-    assert read(str(config), previous=previous) == Example(3)
+    assert read(config(tmp_path / "a.py", "size = 3"), previous=previous) == Example(3)
+
+
+def config(path, code):
+    path.write_text(code, encoding="utf-8")
+    return str(path)
 
 
 def test_functions_and_modules_in_a_config_file_are_no_settings(tmp_path):
-    path = tmp_path / "a.py"
-    code = "import math\nfrom math import sqrt\nfrom functools import partial\nhalf = partial(pow, 2)\n"
-    path.write_text(code + "size = int(sqrt(9))", encoding="utf-8")
-    assert read(str(path)).size == 3
+    code = "import math\nfrom math import sqrt\nfrom functools import partial\n"
+    code += "half = partial(pow, 2)\nsize = int(sqrt(9))"
+    assert read(config(tmp_path / "a.py", code)).size == 3
 
 
 def test_a_closed_pipe_ends_quietly(capsys):
@@ -70,22 +72,18 @@ def test_a_closed_pipe_ends_quietly(capsys):
 
 
 def test_a_config_file_is_python_and_flags_beat_it_wherever_they_stand(tmp_path):
-    path = tmp_path / "a.py"
-    path.write_text("import math\n_half = 3\nsize = 2 * _half\nname = 'é'\n", encoding="utf-8")
-    assert read(str(path)) == Example(6, 0.5, "é")
-    assert read(str(path), "--size=2").size == 2
-    assert read("--size=2", str(path)).size == 2
+    path = config(tmp_path / "a.py", "import math\n_half = 3\nsize = 2 * _half\nname = 'é'\n")
+    assert read(path) == Example(6, 0.5, "é")
+    assert read(path, "--size=2").size == read("--size=2", path).size == 2
 
 
 def test_a_config_file_sees_flags_and_earlier_files_and_the_last_file_wins(tmp_path):
-    a, b = tmp_path / "a.py", tmp_path / "b.py"
-    a.write_text("size, rate = 7, 0.1 if kind == 'b' else 0.2", encoding="utf-8")
-    b.write_text("limit = size\nsize = 4", encoding="utf-8")  # 4 is the default value
-    assert read(str(a)).rate == 0.2
-    assert read(str(a), "--kind=b").rate == 0.1
-    assert (read(str(a), str(b)).size, read(str(a), str(b)).limit) == (4, 7)
-    assert read(str(b), str(a)).size == 7
-    assert read(str(a), "--size=5", str(b)) == Example(5, 0.2, limit=5)
+    a = config(tmp_path / "a.py", "size, rate = 7, 0.1 if kind == 'b' else 0.2")
+    b = config(tmp_path / "b.py", "limit = size\nsize = 4")  # 4 is the default value
+    assert (read(a).rate, read(a, "--kind=b").rate) == (0.2, 0.1)
+    assert (read(a, b).size, read(a, b).limit) == (4, 7)
+    assert read(b, a).size == 7
+    assert read(a, "--size=5", b) == Example(5, 0.2, limit=5)
 
 
 def test_a_config_file_is_also_found_beside_the_scripts(tmp_path, monkeypatch):
@@ -97,15 +95,11 @@ def test_a_config_file_is_also_found_beside_the_scripts(tmp_path, monkeypatch):
     "argument, message",
     [
         ("--siez=3", "unknown setting --siez; did you mean --size"),
-        ("--lim=3", "did you mean --limit"),
         ("--zzz=3", "unknown setting --zzz; --help lists"),
         ("--size=3.5", "--size=3.5: expected a whole number of at least 1 (how large)"),
-        ("--size=0", "expected a whole number of at least 1"),
-        ("--size=True", "expected a whole number"),
         ("--size=", "expected a whole number"),
         ("--rate=fast", "expected a number from 0.0 to 1.0"),
         ("--rate=nan", "expected a number"),
-        ("--rate=1e999", "expected a number"),
         ("--fast=1", "expected True or False"),
         ("--limit=0", "expected a whole number of at least 1 or None"),
         ("--kind=c", "expected one of a, b"),
@@ -130,38 +124,23 @@ def test_mistakes_say_what_was_expected(argument, message):
     ],
 )
 def test_mistakes_in_a_config_file_name_it(tmp_path, code, message):
-    path = tmp_path / "a.py"
-    path.write_text(code, encoding="utf-8")
-    with pytest.raises(UserError, match=message):
-        read(str(path))
+    assert_refused(message, read, config(tmp_path / "a.py", code))
 
 
-@pytest.mark.parametrize(
-    "code, kind",
-    [("rate = 1 / 0", ZeroDivisionError), ("rate =", SyntaxError), ("open('no')", OSError)],
-)
+CODES = {"rate = 1 / 0": ZeroDivisionError, "rate =": SyntaxError, "open('no')": OSError}
+
+
+@pytest.mark.parametrize("code, kind", CODES.items())
 def test_an_exception_of_a_config_file_is_the_users_own(tmp_path, code, kind):
-    path = tmp_path / "a.py"
-    path.write_text(code, encoding="utf-8")
     with pytest.raises(kind), one_line_errors():
-        read(str(path))
+        read(config(tmp_path / "a.py", code))
 
 
-@pytest.mark.parametrize(
-    "flag, meant",
-    {
-        "lr": "learning_rate",
-        "steps": "max_iters",
-        "resume": "init_from",
-        "batchsize": "batch_size",
-        "epochs": "max_iters",
-        "seq_len": "block_size",
-        "wd": "weight_decay",
-    }.items(),
-)
-def test_what_people_type_instead_is_understood(flag, meant):
-    with pytest.raises(UserError, match=f"did you mean --{meant}"):
-        read_settings(Settings, [f"--{flag}=1"], "")
+def test_what_people_type_instead_is_understood():
+    for flag, meant in OTHER_NAMES.items():
+        assert any(hasattr(cls, meant) for cls in (Settings, sample.Settings)), flag
+    for flag, meant in (("lr", "learning_rate"), ("batchsize", "batch_size")):
+        assert_refused(f"did you mean --{meant}", read_settings, Settings, [f"--{flag}=1"], "")
 
 
 def test_a_name_that_is_too_long_for_a_file_is_the_users_mistake(capsys):
@@ -182,5 +161,8 @@ def test_help_lists_every_setting_with_default_and_meaning(capsys):
 
 def test_a_positional_argument_can_name_a_field():
     assert read("thing", "--size=2", positional="name") == Example(2, 0.5, "thing")
-    with pytest.raises(UserError, match="unexpected argument other"):
-        read("thing", "other", positional="name")
+    assert_refused("unexpected argument other", read, "thing", "other", positional="name")
+
+
+def test_a_number_that_is_too_large_for_its_type_is_refused():
+    assert_refused("expected a number from 0.0 to 1.0", read, "--rate=1" + "0" * 400)
