@@ -234,8 +234,8 @@ class KVCache:
 
     `keys` and `values` hold a tensor (B, H, size, D) per layer, allocated once and written in
     place; the first `length` positions are filled. size: how many tokens it can hold, by default
-    and at most block_size. For new tokens, the model calls `advance` once, which sets their
-    `positions`, and then each layer calls `update`. Set `length = 0` to start over.
+    block_size. For new tokens, the model calls `advance` once, which sets their `positions`, and
+    then each layer calls `update`. Set `length = 0` to start over.
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
         size: int | None = None,
     ):
-        if size is None or size > config.block_size:
+        if size is None:
             size = config.block_size
         self.size = size
         self.length = 0
