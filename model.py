@@ -38,8 +38,8 @@ class GPTConfig:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and the tokens before it.
 
-    Vaswani et al. 2017, section 3.2. layer: the index of its block, by which it finds its keys and
-    values in a KVCache.
+    Vaswani et al. 2017, section 3.2. layer: the index of its block, under which a KVCache has its
+    keys and values.
     """
 
     def __init__(self, config: GPTConfig, layer: int = 0):
@@ -58,8 +58,8 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
-        # Without a cache, is_causal hides later tokens. It takes the first query for the first
-        # token, which with a cache it is not: then the cache makes the mask.
+        # Without a cache, is_causal hides later tokens. It assumes that the first query is the
+        # first token. With a cache, others may precede it, so the cache makes the mask.
         mask = None
         if cache is not None:
             k, v, mask = cache.update(self.layer, k, v)  # (B, H, S, D)

@@ -87,7 +87,8 @@ def first_pass(sources: list[Source], tokenizer: str, count: bool) -> tuple[int,
     chars = set()
     sample = []
     room = SAMPLE_CHARS
-    # A BPE learns from every stride-th piece, so that the sample spans the text.
+    # A BPE learns from every stride-th piece, so that the sample spans the text. Of gzipped files,
+    # and of the hub, whose lengths are not known, it is from the beginning.
     stride = 1 + sum(source.size for source in sources) // SAMPLE_CHARS
     is_bpe = tokenizer.startswith("bpe:")
     for i, (_, text) in enumerate(read_all(sources, "reading")):
@@ -144,7 +145,7 @@ class TokenFile:
         self.n_tokens = 0
 
     def add(self, is_new: bool, text: str) -> None:
-        """Add a piece of text, with which a new document may begin."""
+        """Add a piece of text; is_new where a document begins."""
         if not text:
             return
         if is_new:
@@ -198,7 +199,8 @@ def write_splits(
     thread = threading.local()
 
     def start_thread():
-        thread.tokenizer = load_tokenizer(tokenizer.meta)  # threads that share one are slower
+        # a copy, with the same options: threads that share one are slower
+        thread.tokenizer = load_tokenizer(tokenizer.meta)
 
     def encode(batch):
         return thread.tokenizer.encode_texts(batch).astype(dtype)
@@ -250,7 +252,8 @@ def new_dataset(name: str) -> Iterator[Path]:
     new.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
         yield new
-        # While partial/meta.json is there, open_dataset refuses the dataset, so it is moved last.
+        # meta.json is written last and moved last: while it is in partial/, the files may be half
+        # replaced, and open_dataset refuses them.
         for file in ("train.bin", "val.bin", "meta.json"):
             os.replace(new / file, folder / file)
         shutil.rmtree(new)

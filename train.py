@@ -3,8 +3,8 @@
 python train.py config/shakespeare.py                      start here: minutes, on anything
 python train.py config/shakespeare.py --max_iters=200      settings come from config files and flags
 python train.py --out_dir=out/shakespeare                  resume a run with its own settings
-torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs, on the text
-                                                           that config/gpt2.py says how to prepare
+torchrun --standalone --nproc_per_node=8 train.py          GPT-2 (124M) on eight GPUs:
+                                                           config/gpt2.py says how to get its text
 
 Run the same command again to resume. A run writes to out_dir: last.pt (to resume from), best.pt
 (the lowest validation loss so far) and metrics.jsonl.
@@ -191,8 +191,8 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
         "lr": s.learning_rate,
         "betas": (s.beta1, s.beta2),
         "weight_decay": s.weight_decay,
-        # A scaler leaves it to a fused optimiser to skip a step, which on mps it may not do
-        # (PyTorch issue 186360).
+        # GradScaler (see main) leaves it to a fused optimiser to skip a step whose gradient is not
+        # finite; on mps the fused one may update all the same (PyTorch pull request 186360).
         "fused": matrices[0].device.type != "mps",
     }
     if s.optimizer == "adamw":
@@ -231,7 +231,7 @@ def training_batch(
     number of ranks nor on where the run was interrupted.
     """
     rng = np.random.default_rng((seed, step))
-    # Each rank draws from the start of the global batch, and drops what others take.
+    # Each call draws from the start of the global batch, and drops what comes before first.
     starts = rng.integers(len(tokens) - config.block_size, size=first + n)
     return load_windows(tokens, starts[first:], config)
 
@@ -251,7 +251,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return x, y
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: MiniGPT,
     tokens: np.ndarray,
@@ -343,7 +343,7 @@ def initial_model(init_from: str, s: Settings, meta: dict[str, Any]) -> MiniGPT:
     The last two keep their own block_size where s has the default. Raises UserError for a
     block_size that the model can't have, and for a dataset with other tokens than its own.
     """
-    if init_from in RANDOM_INIT:  # "resume" can't be: it needs a run
+    if init_from in RANDOM_INIT:  # auto or scratch; for resume, run.load found a run or raised
         return random_model(s, meta["vocab_size"])
     block_size = None
     if s.block_size != Settings.block_size:  # which is the default
@@ -390,6 +390,7 @@ def due(step: int, interval: int) -> bool:
 
 def time_left(step: int, s: Settings, step_seconds: float, eval_seconds: float) -> str:
     """How long the rest of the run takes, with its evaluations and saves: 1:02:03 left."""
+    # all evaluations less those before this step: the one that may be due now is still to come
     n_evals = math.ceil(s.max_iters / s.eval_interval) - (step - 1) // s.eval_interval
     seconds = (s.max_iters - step) * step_seconds + n_evals * eval_seconds
     return f"{timedelta(seconds=round(seconds))} left"
@@ -425,7 +426,7 @@ def main(s: Settings) -> None:
     model.to(device)
     config = model.config
     check_length(meta, config.block_size)
-    # in the attention of a layer: their number decides which kernel is fastest on a CPU
+    # attention scores in one layer: their number decides which kernel is fastest on a CPU
     n_scores = micro_batch_size * config.n_head * config.block_size**2
     choose_kernels(device, dtype, n_scores, s.deterministic)
 
@@ -483,8 +484,8 @@ def main(s: Settings) -> None:
         ranks.leave()
         return
 
-    # A training step calls network: model, compiled and in DDP. Both share their weights. model
-    # itself is saved, and evaluated: other batch sizes would be compiled again.
+    # A training step calls network: model, compiled and in DDP, with the same weights. model itself
+    # is saved, and evaluated: other batch sizes would be compiled again.
     network = model
     if s.compile:
         options = {"deterministic": True} if s.deterministic else None
@@ -496,6 +497,7 @@ def main(s: Settings) -> None:
     if s.compile:
         compile_now(network, model, batch, autocast, ranks)
     if ranks.size > 1:
+        # a step without an update, after which DDP adds gradients in the same order in every step
         settle_buckets(network, batch, autocast)
 
     signals = StopSignals(ranks)
@@ -653,4 +655,5 @@ def main(s: Settings) -> None:
 
 if __name__ == "__main__":
     script = record(run_script)  # record lets torchrun say which rank failed, and why
+    # Without a config file, the settings of a run in --out_dir are the defaults.
     script(main, Settings, __doc__, previous=previous_settings)

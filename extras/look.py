@@ -101,6 +101,9 @@ def attention_maps(model: MiniGPT, idx: torch.Tensor) -> torch.Tensor:
     """
     T = len(idx)
     n_head = model.config.n_head
+    problem = "this model computes attention in another way than attention_maps does"
+    if not all(hasattr(block.attn, "c_attn") for block in model.h):
+        raise UserError(problem)
     future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
     maps = []
     qkvs = module_outputs(model, [block.attn.c_attn for block in model.h], idx)
@@ -113,7 +116,7 @@ def attention_maps(model: MiniGPT, idx: torch.Tensor) -> torch.Tensor:
         y = weights.to(v.dtype) @ v  # (H, T, D)
         expected = block.attn.c_proj(y.transpose(0, 1).reshape(T, -1))
         if (output - expected).norm() > 0.05 * output.norm():
-            raise UserError("this model computes attention in another way than attention_maps does")
+            raise UserError(problem)
     return torch.stack(maps)
 
 
