@@ -172,6 +172,8 @@ def test_wrong_ids_and_lengths_are_refused():
     idx = random_ids()
     with pytest.raises(ValueError, match="17 tokens exceed block_size"):
         model(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="targets or a cache"):
+        model(idx, idx, cache=KVCache(model.config, 2))
     with pytest.raises(ValueError, match="no tokens"):
         model(idx[:, :0])
     for bad in (65, 127, -1):  # 127 has a row in the padded embedding

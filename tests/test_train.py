@@ -11,7 +11,15 @@ import sample
 import train as train_module
 from model import GPTConfig, MiniGPT
 from support.runtime import share
-from train import Settings, evaluate, learning_rate, load_windows, make_optimizer, training_batch
+from train import (
+    Settings,
+    evaluate,
+    learning_rate,
+    load_windows,
+    make_optimizer,
+    time_left,
+    training_batch,
+)
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine():
@@ -178,11 +186,17 @@ def test_a_run_that_gets_no_better_says_so_in_one_line(train, capsys):
 
 
 def test_early_stopping_waits_for_patience(train, capsys):
-    for message in ("stopped early", "finished at step 9"):
+    for message in ("stopped early", "to train longer raise --patience"):
         train(learning_rate=0.0, min_lr=0.0, max_iters=30, patience=2)
         assert message in capsys.readouterr().out
     assert torch.load("out/last.pt")["step"] == 9  # best at 3, worse at 6 and 9
     assert torch.load("out/best.pt")["step"] == 3
+
+
+def test_the_time_left_counts_an_evaluation_that_is_due():
+    s = Settings(max_iters=500, eval_interval=250)
+    left = [time_left(step, s, 0.0, 60.0) for step in (249, 250, 251, 500)]
+    assert left == ["0:02:00 left", "0:02:00 left", "0:01:00 left", "0:01:00 left"]
 
 
 def test_eval_only_writes_nothing(train, capsys):
@@ -260,6 +274,11 @@ def test_a_new_run_can_begin_with_the_weights_of_another(train, refused, capsys)
     message = refused(dataset="as_many", **other)
     assert "data/as_many has other tokens than out/a" in message
     assert "prepare it with --tokenizer=out/a" in message
+    train(out_dir="long", block_size=310)  # as long as the validation split can be
+    Path("short.txt").write_text(TEXT[: len(TEXT) // 2])
+    prepare_data.prepare("short", "short.txt", "long")
+    message = refused(dataset="short", out_dir="new2", init_from="long", block_size=1024)
+    assert "val.bin has only 170 tokens; block_size 310 needs at least 311" in message
 
 
 def test_checkpoints_can_be_kept_and_sampled_from(train, capsys):
