@@ -171,7 +171,8 @@ def test_three_ranks_equal_one_also_when_one_of_them_is_stopped_while_they_evalu
 
     Of three ranks, as not of two, the sum depends on its order: a resume has to keep that too.
     """
-    steps = {"max_iters": 8, "eval_interval": 4, "batch_size": 3, "n_embd": 64}
+    steps = {"max_iters": 8, "eval_interval": 4, "batch_size": 3, "learning_rate": 1e-3}
+    steps |= {"n_embd": 64}
     train(**steps, out_dir="one")
     done = run("train.py", *flags(**steps, out_dir="whole"), ranks=3)
     assert done.returncode == 0, done.stderr
