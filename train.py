@@ -28,7 +28,7 @@ from model import GPTConfig, MiniGPT
 from prepare_data import BUILT_IN, prepare
 from support.checkpoint import RANDOM_INIT, Run, model_from_checkpoint, previous_settings
 from support.dataset import DATA, check_length, open_dataset
-from support.kernels import choose_kernels
+from support.kernels import choose_kernels, make_deterministic
 from support.muon import Muon
 from support.pretrained import HUB, ignored_sizes, load_weights_of
 from support.runtime import (
@@ -398,6 +398,8 @@ def time_left(step: int, s: Settings, step_seconds: float, eval_seconds: float) 
 
 @advice()  # prints a hint after an out-of-memory or communication error
 def main(s: Settings) -> None:
+    if s.deterministic:
+        make_deterministic()
     # one process per rank, each with a device and its share of a step
     ranks = Ranks(s.device, s.backend, s.timeout)
     device = ranks.device
@@ -428,7 +430,7 @@ def main(s: Settings) -> None:
     check_length(meta, config.block_size)
     # attention scores in one layer: their number decides which kernel is fastest on a CPU
     n_scores = micro_batch_size * config.n_head * config.block_size**2
-    choose_kernels(device, dtype, n_scores, s.deterministic)
+    choose_kernels(device, dtype, n_scores)
 
     optimizer = make_optimizer(model, s)
     # The scaler skips steps whose gradient is not finite. In float16 it also multiplies the loss,

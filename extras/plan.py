@@ -67,9 +67,12 @@ def memory(s: Settings, model: MiniGPT, rows: int) -> dict[str, float]:
     embedding = 4 * model.wte.weight.numel()
     peak = max(3 * logits, logits + embedding, embedding + backward)
 
+    gradients = 4 * n
+    if s.ranks > 1:  # those of a micro-batch, and DDP's buckets
+        gradients *= 2
     parts = {
         "weights": weights,
-        "gradients": 4 * n,
+        "gradients": gradients,
         "moments": moments,
         "activations": s.n_layer * kept,
         "logits": peak,

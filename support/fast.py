@@ -96,6 +96,8 @@ class CompiledDecoder(nn.Module):
         self.config = model.config
         if not compile_options:
             compile_options = {"mode": "reduce-overhead"}
+        # a compilation for each static cache, where otherwise more than 8 are an error
+        torch._dynamo.config.recompile_limit = 64
         self.step = torch.compile(model.forward, fullgraph=True, dynamic=False, **compile_options)
         self.static_caches = nn.ModuleDict()
         self.current = None  # the cache whose prompt the static cache holds

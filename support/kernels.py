@@ -11,17 +11,21 @@ import torch
 MOST_SCORES = 2**25
 
 
-def choose_kernels(
-    device: torch.device, dtype: str, n_scores: int, deterministic: bool = False
-) -> None:
-    """Choose the fastest kernels for training, or if deterministic, those with reproducible bits.
+def make_deterministic() -> None:
+    """Choose kernels that give bitwise the same results in every run.
+
+    Call it before the ranks meet: as NCCL starts, it decides how sums over GPUs are computed.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def choose_kernels(device: torch.device, dtype: str, n_scores: int) -> None:
+    """Choose the fastest kernels for training.
 
     n_scores: numbers in a layer's attention matrices, B H T T.
     """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    elif device.type == "cuda":
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "cpu":
         keep_freed_memory()

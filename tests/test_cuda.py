@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import flags, losses, same, tiny_model
 
+from model import KVCache
 from sample import generate
 from support.fast import CompiledDecoder
 from support.kernels import choose_kernels
@@ -40,7 +41,7 @@ def loss_and_gradient(network, parameters, batch, dtype="float32", scale=1.0):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype, error", [("float32", 1e-3), ("bfloat16", 0.03), ("float16", 0.03)])
+@pytest.mark.parametrize("dtype, error", [("float32", 3e-3), ("bfloat16", 0.03), ("float16", 0.03)])
 def test_losses_and_gradients_are_the_cpus(dtype, error, compiled):
     gpt = model()
     x, y = random_batch()
@@ -78,19 +79,24 @@ def test_muon_makes_matrices_orthogonal():
     assert values.min() > 0.5 and values.max() < 1.4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_graphs_generate_what_eager_does(dtype):
-    """Text after text, also one longer than block_size, from one decoder."""
-    gpt = model(block_size=128, n_layer=3).to(DEVICE, dtype).eval()
-    with torch.no_grad():
-        gpt.wte.weight.mul_(20)  # far-apart logits: no near-ties between two kernels
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 0.02), (torch.bfloat16, 0.15)])
+def test_cuda_graphs_have_the_logits_of_the_plain_model(dtype, error):
+    """Text after text, from one decoder. error is in standard deviations of the logits."""
+    sizes = {"block_size": 128, "vocab_size": 1001, "n_layer": 3, "n_head": 4, "n_embd": 256}
+    gpt = tiny_model(std=0.1, **sizes).to(DEVICE, dtype)
     decoder = CompiledDecoder(gpt)
-    for prompt_length in (3, 3, 40):
-        idx = torch.randint(1001, (2, prompt_length), device=DEVICE)
-        eager = generate(gpt, idx, 150, temperature=0)
-        graph = generate(decoder, idx, 150, temperature=0)
-        agreeing = (eager == graph).float().mean()
-        assert agreeing == 1 or (dtype == torch.bfloat16 and agreeing > 0.5)
+    for n in (3, 3, 40):
+        idx = torch.randint(1001, (2, 100), device=DEVICE)
+        cache = KVCache(gpt.config, 2, DEVICE, dtype)
+        logits = []
+        with torch.inference_mode():
+            for part in idx.split([n] + [1] * (100 - n), dim=1):
+                logits.append(decoder(part, cache=cache)[0].clone())  # the next step reuses it
+            expected = gpt(idx)[0][:, n - 1 :]
+        difference = (torch.cat(logits, dim=1) - expected).float().abs().max()
+        assert difference < error * expected.float().std()
+    assert generate(decoder, idx, 150).shape == (2, 250)  # past block_size
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 SIZES = {"dataset": "gpt2_day", "n_embd": 128, "block_size": 128, "batch_size": 8}

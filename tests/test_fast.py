@@ -124,3 +124,12 @@ def test_training_kernels_give_the_gradients_of_float64(restored, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert loss == pytest.approx(expected_loss, rel=tolerance)
     assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_a_decoder_serves_any_number_of_batch_sizes():
+    gpt = tiny_model()
+    decoder = CompiledDecoder(gpt, backend="eager")
+    for rows in range(1, 12):
+        idx = torch.randint(65, (rows, 3))
+        text = generate(decoder, idx, 3, temperature=0)
+        assert torch.equal(text, generate(gpt, idx, 3, temperature=0))

@@ -180,3 +180,16 @@ def test_the_second_signal_ends_a_rank_at_once_but_not_torchruns_echo_of_the_fir
     for expected in ([], [], [signal.SIGTERM]):
         handlers[signal.SIGTERM](signal.SIGTERM, None)
         assert ended == expected
+
+
+def test_deterministic_algorithms_are_chosen_before_the_ranks_meet(train, monkeypatch):
+    class Meets(Exception):
+        pass
+
+    def meet(*arguments):
+        assert torch.are_deterministic_algorithms_enabled()
+        raise Meets
+
+    monkeypatch.setattr("train.Ranks", meet)
+    with pytest.raises(Meets):
+        train(deterministic=True)
