@@ -60,10 +60,10 @@ def fill_disk(process, rng):
 ENDING = [interrupt, terminate, hang_up, kill]
 PASSING = [freeze, fill_disk]
 SOAK = LONG | {"max_iters": 1000, "lr_decay_iters": 1000, "save_interval": 20}
-SOAK |= {"eval_interval": 100, "dropout": 0.1}
+SOAK |= {"eval_interval": 100, "dropout": 0.1, "batch_size": 3}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_signals_kills_and_full_disks_at_any_moment_change_no_bit(start, run, ranks):  # noqa: F811
     assert run("train.py", *flags(**SOAK, out_dir="whole"), ranks=ranks).returncode == 0
     rng = random.Random(os.environ.get("SOAK_SEED", "1337") + str(ranks))
