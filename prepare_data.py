@@ -46,7 +46,7 @@ from support.tokenizer import END_OF_TEXT, CharTokenizer, IdsTokenizer, Tokenize
 
 # Text is read in pieces, (is_new, text): is_new is True for the first piece of a document.
 
-BATCH_CHARS = CHUNK_CHARS // 2  # encoded at a time by a thread
+BATCH_CHARS = CHUNK_CHARS // 2  # pieces are collected for a thread until they have this many
 BATCHES_AHEAD = 2 * (os.cpu_count() or 1)  # batches of a split that may wait for a thread
 SAMPLE_CHARS = 1 << 25  # a BPE is learned from at most this many
 MAX_FILES = 100  # text files that are split by position
@@ -250,7 +250,7 @@ def new_dataset(name: str) -> Iterator[Path]:
     folder = DATA / name
     new = folder / "partial"
     new.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "lock"):
+    with lock(folder / "lock"):  # until the file is closed
         yield new
         # meta.json is written last and moved last: while it is in partial/, the files may be half
         # replaced, and open_dataset refuses them.
@@ -318,8 +318,8 @@ def prepare(
 
 
 def main(s: Settings) -> None:
-    # Python switches threads every 5 ms. More often, the thread that reads keeps those that encode
-    # busy: JSON lines take a fifth less time.
+    # By default Python switches threads every 5 ms. Switching more often lets the thread that reads
+    # keep those that encode busy: JSON lines take a fifth less time.
     sys.setswitchinterval(2e-4)
     meta = prepare(s.name, s.input, s.tokenizer, s.val_share, s.field, s.special_tokens)
     print(

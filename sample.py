@@ -153,7 +153,7 @@ def stream(
 
     uncached = idx[:, -block_size:]
     for end in range(T, T + max_new_tokens):  # text[:, :end] is known, text[:, end] is next
-        if cache.length + uncached.size(1) > block_size:
+        if cache.length + uncached.size(1) > cache.size:
             cache.length = 0
             half = max(1, block_size // 2)
             uncached = text[:, end - half : end]
@@ -222,7 +222,7 @@ def open_model(s: Settings, device: torch.device) -> tuple[MiniGPT, Tokenizer, s
         tokenizer = load_pretrained_tokenizer(s.init_from)
         if tokenizer is None:
             raise UserError(f"{s.init_from} has no tokenizer.json: without it there is no text")
-        model = load_pretrained(s.init_from, vocab_size=tokenizer.vocab_size)
+        model = load_pretrained(s.init_from, vocab_size=tokenizer.vocab_size)  # in eval mode
     else:
         path = find_checkpoint(s.out_dir, s.checkpoint)
         model, tokenizer, state = load_model(path, device)

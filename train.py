@@ -191,8 +191,8 @@ def make_optimizer(model: MiniGPT, s: Settings) -> torch.optim.Optimizer:
         "lr": s.learning_rate,
         "betas": (s.beta1, s.beta2),
         "weight_decay": s.weight_decay,
-        # GradScaler (see main) leaves it to a fused optimiser to skip a step whose gradient is not
-        # finite; on mps the fused one may update all the same (PyTorch pull request 186360).
+        # One kernel, which also skips a step whose gradient is not finite (GradScaler, see main):
+        # nothing waits for the device. On mps it may not skip (PyTorch pull request 186360).
         "fused": matrices[0].device.type != "mps",
     }
     if s.optimizer == "adamw":

@@ -67,7 +67,7 @@ def link_atomically(path: Path, source: Path) -> None:
 
 
 def lock(path: Path) -> TextIO:
-    """Lock the file at path until this process ends, in whatever way it ends.
+    """Lock the file at path until it is closed or this process ends, in whatever way.
 
     Raises UserError if another process holds the lock. A file system without locks is not locked.
     """
