@@ -305,7 +305,9 @@ def prepare(
     text_tokenizer.special_in_text = special_tokens
     pieces = read_all(sources, "encoding")
     if by_position:
-        pieces = split_by_position(pieces, int(n_chars * (1 - val_share)))
+        # in whole numbers, since 90 * 0.7 is 62.99999999999999
+        n_train = n_chars * round(1e6 * (1 - val_share)) // 10**6
+        pieces = split_by_position(pieces, n_train)
     else:
         pieces = split_by_hash(pieces, val_share)
 

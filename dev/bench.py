@@ -249,9 +249,10 @@ def main(s: Settings) -> None:
                     speed = process.submit(measure, s, name, program).result()
                 speeds[program].append(speed)
                 if s.file:
-                    dtype = dtype_of(s, program, device)
-                    if WORK[name][3] > 0:
-                        dtype = s.decode_dtype
+                    _, _, _, n = WORK[name]
+                    dtype = s.decode_dtype
+                    if n == 0:
+                        dtype = dtype_of(s, program, device)
                     line = {"machine": machine, "work": name, "rows": rows, "dtype": dtype}
                     line |= {"program": program, "tokens_per_sec": speed}
                     with open(s.file, "a", encoding="utf-8", newline="\n") as file:

@@ -68,7 +68,8 @@ def memory(s: Settings, model: MiniGPT, rows: int) -> dict[str, float]:
     peak = max(3 * logits, logits + embedding, embedding + backward)
 
     gradients = 4 * n
-    if s.ranks > 1:  # those of a micro-batch, and DDP's buckets
+    sequences = s.batch_size * s.gradient_accumulation_steps
+    if s.ranks > 1 and rows * s.ranks < sequences:  # until they are summed, beside DDP's buckets
         gradients *= 2
     parts = {
         "weights": weights,

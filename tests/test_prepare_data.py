@@ -563,3 +563,10 @@ def test_ids_too_few_to_split_leave_the_previous_dataset(workdir):
     np.save("few.npy", np.arange(4))
     assert_refused("has only 4 ids", prepare, "codes", "few.npy", "ids:128", val_share=0.9)
     assert files_of("codes") == before
+
+
+@pytest.mark.parametrize("val_share, n_val", [(0.3, 27), (0.1, 9)])
+def test_the_share_for_validation_is_exact(workdir, val_share, n_val):
+    """Although 90 * (1 - 0.3) is 62.99999999999999."""
+    write("ninety.txt", "0123456789" * 9)
+    assert prepare("ninety", "ninety.txt", val_share=val_share)["val_tokens"] == n_val
